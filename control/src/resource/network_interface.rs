@@ -1,0 +1,350 @@
+//! Network interfaces (ENIs): an address in a subnet, a MAC, and the security groups that guard both.
+//!
+//! Launches make them by [`insert`] and terminations take them away by [`remove`]. Their MACs come from a counter, so none is ever
+//! used twice.
+
+use std::net::Ipv4Addr;
+
+use super::filter::{Filters, Page};
+use super::id::{NETWORK_INTERFACE, SECURITY_GROUP};
+use super::{address, security_group, subnet, tag};
+use crate::error::ApiError;
+use crate::model::{Mac, NetworkInterface, NetworkInterfaceAttachment, SecurityGroup, Subnet, Time, Vpc};
+use crate::shape::Timestamp;
+use crate::shapes::{
+    self, DescribeNetworkInterfacesRequest, DescribeNetworkInterfacesResult, GroupIdentifier, NetworkInterfaceAssociation,
+    NetworkInterfacePrivateIpAddress,
+};
+use crate::world::{Call, Region, Tx};
+
+/// The most security groups of an interface.
+pub const MOST_GROUPS: usize = 5;
+
+/// What a new interface is made of.
+pub struct NewInterface<'a> {
+    /// Where its address is.
+    pub subnet: &'a Subnet,
+    /// The address; none: any that is free.
+    pub private_ip: Option<Ipv4Addr>,
+    /// Its groups, checked by [`checked_groups`].
+    pub security_group_ids: Vec<String>,
+    /// Free text.
+    pub description: String,
+    /// The instance that it belongs to.
+    pub attachment: Option<NetworkInterfaceAttachment>,
+    /// Whether its instance gets a public address whenever it starts.
+    pub associate_public_ip: bool,
+}
+
+/// Makes an interface.
+///
+/// # Errors
+/// Those of [`subnet::free_address`].
+pub fn insert(tx: &mut Tx<'_>, now: Time, new: NewInterface<'_>) -> Result<NetworkInterface, ApiError> {
+    let private_ip = subnet::free_address(tx, new.subnet, new.private_ip)?;
+    // 02 is a locally administered unicast address; the counter fills the other 40 bits.
+    let [_, _, _, rest @ ..] = tx.counter_next("mac").to_be_bytes();
+    let [a, b, c, d, e] = rest;
+    let interface = NetworkInterface {
+        account_id: new.subnet.account_id.clone(),
+        id: tx.new_id(NETWORK_INTERFACE.prefix),
+        vpc_id: new.subnet.vpc_id.clone(),
+        subnet_id: new.subnet.id.clone(),
+        zone: new.subnet.zone.clone(),
+        mac: Mac([0x02, a, b, c, d, e]),
+        private_ip,
+        description: new.description,
+        security_group_ids: new.security_group_ids,
+        source_dest_check: true,
+        attachment: new.attachment,
+        auto_public_ip: None,
+        associate_public_ip: new.associate_public_ip,
+        created: now,
+    };
+    tx.put(interface.clone());
+    Ok(interface)
+}
+
+/// Takes an interface away, with its public address; an Elastic IP of it stays the account's.
+pub fn remove(tx: &mut Tx<'_>, account: &str, id: &str) {
+    address::interface_release(tx, account, id);
+    tag::remove(tx, account, id);
+    tx.delete::<NetworkInterface>(account, id);
+}
+
+/// The groups of an interface in a VPC: those asked for, each once, or the VPC's default group.
+///
+/// # Errors
+/// `InvalidGroup.NotFound` for a group of another account or VPC, `SecurityGroupsPerInterfaceLimitExceeded` for more than five.
+pub fn checked_groups(tx: &Tx<'_>, account: &str, vpc_id: &str, ids: &[String]) -> Result<Vec<String>, ApiError> {
+    if ids.is_empty() {
+        return Ok(security_group::default_group(tx, account, vpc_id).map(|group| group.id.clone()).into_iter().collect());
+    }
+    let mut groups = Vec::new();
+    for id in ids {
+        SECURITY_GROUP.check(id)?;
+        let group = tx.get::<SecurityGroup>(account, id).ok_or_else(|| SECURITY_GROUP.not_found(id))?;
+        if group.vpc_id != vpc_id {
+            let message = format!("The security group '{id}' does not exist in VPC '{vpc_id}'");
+            return Err(ApiError::new("InvalidGroup.NotFound", message));
+        }
+        if !groups.contains(id) {
+            groups.push(id.clone());
+        }
+    }
+    if groups.len() > MOST_GROUPS {
+        let message = format!("The maximum number of security groups per interface is {MOST_GROUPS}.");
+        return Err(ApiError::new("SecurityGroupsPerInterfaceLimitExceeded", message));
+    }
+    Ok(groups)
+}
+
+/// The domain of private host names: `ec2.internal`, outside `us-east-1` with the region in it.
+pub fn private_domain(region: &Region) -> String {
+    match region.name.as_str() {
+        "us-east-1" => "ec2.internal".to_owned(),
+        name => format!("{name}.compute.internal"),
+    }
+}
+
+/// The private host name of an address: `ip-10-0-0-5.ec2.internal`.
+pub fn private_dns_name(region: &Region, ip: Ipv4Addr) -> String {
+    format!("ip-{}.{}", dashed(ip), private_domain(region))
+}
+
+/// The public host name of an address: `ec2-198-51-100-7.compute-1.amazonaws.com`.
+pub fn public_dns_name(region: &Region, ip: Ipv4Addr) -> String {
+    match region.name.as_str() {
+        "us-east-1" => format!("ec2-{}.compute-1.amazonaws.com", dashed(ip)),
+        name => format!("ec2-{}.{name}.compute.amazonaws.com", dashed(ip)),
+    }
+}
+
+fn dashed(ip: Ipv4Addr) -> String {
+    ip.to_string().replace('.', "-")
+}
+
+/// The groups of an interface with their names.
+pub fn groups(tx: &Tx<'_>, interface: &NetworkInterface) -> Vec<GroupIdentifier> {
+    let identifier = |id: &String| {
+        let name = tx.get::<SecurityGroup>(&interface.account_id, id).map(|group| group.name.clone());
+        GroupIdentifier { group_id: Some(id.clone()), group_name: name }
+    };
+    interface.security_group_ids.iter().map(identifier).collect()
+}
+
+/// DescribeNetworkInterfaces.
+///
+/// # Errors
+/// `InvalidNetworkInterfaceID.NotFound` and those of filters and pages.
+pub fn describe_network_interfaces(
+    call: &mut Call<'_>,
+    request: DescribeNetworkInterfacesRequest,
+) -> Result<DescribeNetworkInterfacesResult, ApiError> {
+    let filters = Filters::new(request.filters, NAMES)?;
+    let page = Page::new("DescribeNetworkInterfaces", request.max_results, request.next_token.as_deref(), 1000)?;
+    let rows = NETWORK_INTERFACE.rows::<NetworkInterface>(call, &request.network_interface_ids)?;
+    let passing = rows.into_iter().filter(|(_, interface)| passes(call, &filters, interface));
+    let (page, next_token) = page.take(passing);
+    Ok(DescribeNetworkInterfacesResult { network_interfaces: page.iter().map(|interface| shape(call, interface)).collect(), next_token })
+}
+
+const NAMES: &[&str] = &[
+    "addresses.association.owner-id",
+    "addresses.association.public-ip",
+    "addresses.primary",
+    "addresses.private-ip-address",
+    "association.allocation-id",
+    "association.association-id",
+    "association.ip-owner-id",
+    "association.public-dns-name",
+    "association.public-ip",
+    "attachment.attach-time",
+    "attachment.attachment-id",
+    "attachment.delete-on-termination",
+    "attachment.device-index",
+    "attachment.instance-id",
+    "attachment.instance-owner-id",
+    "attachment.status",
+    "availability-zone",
+    "availability-zone-id",
+    "description",
+    "group-id",
+    "group-name",
+    "interface-type",
+    "ipv6-addresses.ipv6-address",
+    "mac-address",
+    "network-interface-id",
+    "operator.managed",
+    "operator.principal",
+    "owner-id",
+    "private-dns-name",
+    "private-ip-address",
+    "requester-id",
+    "requester-managed",
+    "source-dest-check",
+    "status",
+    "subnet-id",
+    "tag",
+    "vpc-id",
+];
+
+fn passes(call: &Call<'_>, filters: &Filters, interface: &NetworkInterface) -> bool {
+    let flag = |on| if on { "true" } else { "false" };
+    let attached = |test: &dyn Fn(&NetworkInterfaceAttachment) -> bool| interface.attachment.as_ref().is_some_and(test);
+    let public = || association(call, interface);
+    let some = |value: Option<String>, test: &dyn Fn(&str) -> bool| value.is_some_and(|value| test(&value));
+    filters.pass(&tag::of(&call.tx, &interface.account_id, &interface.id), |name, test| match name {
+        "addresses.association.owner-id" | "association.ip-owner-id" => some(public().and_then(|public| public.ip_owner_id), test),
+        "addresses.association.public-ip" | "association.public-ip" => some(public().and_then(|public| public.public_ip), test),
+        "association.allocation-id" => some(public().and_then(|public| public.allocation_id), test),
+        "association.association-id" => some(public().and_then(|public| public.association_id), test),
+        "association.public-dns-name" => some(public().and_then(|public| public.public_dns_name), test),
+        "addresses.primary" => test("true"),
+        "addresses.private-ip-address" | "private-ip-address" => test(&interface.private_ip.to_string()),
+        "attachment.attach-time" => attached(&|attachment| test(&Timestamp::from(attachment.attach_time).to_text())),
+        "attachment.attachment-id" => attached(&|attachment| test(&attachment.id)),
+        "attachment.delete-on-termination" => attached(&|attachment| test(flag(attachment.delete_on_termination))),
+        "attachment.device-index" => attached(&|attachment| test(&attachment.device_index.to_string())),
+        "attachment.instance-id" => attached(&|attachment| test(&attachment.instance_id)),
+        "attachment.instance-owner-id" => attached(&|_| test(&interface.account_id)),
+        "attachment.status" => attached(&|_| test("attached")),
+        "availability-zone" => test(&interface.zone),
+        "availability-zone-id" => call.region.zone(&interface.zone).is_some_and(|zone| test(&zone.id)),
+        "description" => test(&interface.description),
+        "group-id" => interface.security_group_ids.iter().any(|id| test(id)),
+        "group-name" => groups(&call.tx, interface).into_iter().any(|group| some(group.group_name, test)),
+        "interface-type" => test("interface"),
+        "mac-address" => test(&interface.mac.to_string()),
+        "network-interface-id" => test(&interface.id),
+        "operator.managed" | "requester-managed" => test("false"),
+        "owner-id" => test(&interface.account_id),
+        "private-dns-name" => test(&private_dns_name(call.region, interface.private_ip)),
+        "source-dest-check" => test(flag(interface.source_dest_check)),
+        "status" => test(status(interface)),
+        "subnet-id" => test(&interface.subnet_id),
+        "vpc-id" => test(&interface.vpc_id),
+        // No interface has an IPv6 address, a requester or an operator.
+        _ => false,
+    })
+}
+
+fn status(interface: &NetworkInterface) -> &'static str {
+    if interface.attachment.is_some() { "in-use" } else { "available" }
+}
+
+/// The public side of an interface, if it has one.
+pub fn association(call: &Call<'_>, interface: &NetworkInterface) -> Option<NetworkInterfaceAssociation> {
+    let elastic = address::of_interface(&call.tx, interface);
+    let ip = elastic.as_ref().map(|address| address.public_ip).or(interface.auto_public_ip)?;
+    let named = call.tx.get::<Vpc>(&interface.account_id, &interface.vpc_id).is_some_and(|vpc| vpc.dns_hostnames);
+    // An address that came with the launch is Amazon's and has no ids.
+    let owner = if elastic.is_some() { interface.account_id.as_str() } else { "amazon" };
+    Some(NetworkInterfaceAssociation {
+        public_ip: Some(ip.to_string()),
+        public_dns_name: Some(if named { public_dns_name(call.region, ip) } else { String::new() }),
+        ip_owner_id: Some(owner.to_owned()),
+        allocation_id: elastic.as_ref().map(|address| address.id.clone()),
+        association_id: elastic.as_ref().and_then(|address| address.association.as_ref()).map(|association| association.id.clone()),
+        ..Default::default()
+    })
+}
+
+fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterface {
+    let association = association(call, interface);
+    let private_dns_name = private_dns_name(call.region, interface.private_ip);
+    let attachment = |attachment: &NetworkInterfaceAttachment| shapes::NetworkInterfaceAttachment {
+        attachment_id: Some(attachment.id.clone()),
+        instance_id: Some(attachment.instance_id.clone()),
+        instance_owner_id: Some(interface.account_id.clone()),
+        device_index: i32::try_from(attachment.device_index).ok(),
+        network_card_index: Some(0),
+        attach_time: Some(attachment.attach_time.into()),
+        delete_on_termination: Some(attachment.delete_on_termination),
+        status: Some("attached".into()),
+        ..Default::default()
+    };
+    let address = NetworkInterfacePrivateIpAddress {
+        primary: Some(true),
+        private_ip_address: Some(interface.private_ip.to_string()),
+        private_dns_name: Some(private_dns_name.clone()),
+        association: association.clone(),
+    };
+    shapes::NetworkInterface {
+        network_interface_id: Some(interface.id.clone()),
+        vpc_id: Some(interface.vpc_id.clone()),
+        subnet_id: Some(interface.subnet_id.clone()),
+        availability_zone: Some(interface.zone.clone()),
+        availability_zone_id: call.region.zone(&interface.zone).map(|zone| zone.id.clone()),
+        owner_id: Some(interface.account_id.clone()),
+        description: Some(interface.description.clone()),
+        groups: groups(&call.tx, interface),
+        interface_type: Some("interface".into()),
+        mac_address: Some(interface.mac.to_string()),
+        private_ip_address: Some(interface.private_ip.to_string()),
+        private_dns_name: Some(private_dns_name),
+        private_ip_addresses: vec![address],
+        public_dns_name: association.as_ref().and_then(|association| association.public_dns_name.clone()),
+        association,
+        attachment: interface.attachment.as_ref().map(attachment),
+        requester_managed: Some(false),
+        source_dest_check: Some(interface.source_dest_check),
+        status: Some(status(interface).to_owned()),
+        tag_set: tag::shapes(&tag::of(&call.tx, &interface.account_id, &interface.id)),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::resource::fixture::{ALICE, BOB, Fixture};
+    use crate::shapes::Filter;
+
+    #[test]
+    fn an_interface_shows_where_it_is_and_whose_it_is() {
+        let fixture = Fixture::new();
+        let interface = fixture.instance(ALICE, "i-0123456789abcdef0");
+        fixture.call(ALICE, |call| address::auto_take(&mut call.tx, call.region, ALICE, &interface.id)).unwrap();
+        let filters = vec![Filter { name: Some("attachment.instance-id".into()), values: vec!["i-0123*".into()] }];
+        let request = DescribeNetworkInterfacesRequest { filters, ..Default::default() };
+        let found = fixture.call(ALICE, |call| describe_network_interfaces(call, request)).unwrap().network_interfaces;
+        let [shown] = found.as_slice() else { panic!() };
+        assert_eq!(shown.status.as_deref(), Some("in-use"));
+        assert_eq!(shown.groups[0].group_name.as_deref(), Some("default"));
+        assert_eq!(shown.mac_address.as_deref().map(|mac| &mac[..3]), Some("02:"));
+        let public = shown.association.as_ref().unwrap();
+        assert_eq!(public.ip_owner_id.as_deref(), Some("amazon"));
+        assert!(public.public_dns_name.as_ref().unwrap().ends_with(".compute-1.amazonaws.com"));
+        let expected = format!("ip-{}.ec2.internal", interface.private_ip.to_string().replace('.', "-"));
+        assert_eq!(shown.private_dns_name.as_ref(), Some(&expected));
+        let request = DescribeNetworkInterfacesRequest { network_interface_ids: vec![interface.id], ..Default::default() };
+        let refused = fixture.refusal(BOB, |call| describe_network_interfaces(call, request));
+        assert_eq!(refused, "InvalidNetworkInterfaceID.NotFound");
+    }
+
+    #[test]
+    fn no_two_interfaces_share_a_mac() {
+        let fixture = Fixture::new();
+        let subnet = fixture.default_subnet(ALICE);
+        let macs: std::collections::BTreeSet<Mac> = (0..50).map(|_| fixture.interface(ALICE, &subnet.id, None).unwrap().mac).collect();
+        assert_eq!(macs.len(), 50);
+    }
+
+    #[test]
+    fn groups_of_other_accounts_and_vpcs_are_refused() {
+        let fixture = Fixture::new();
+        let (vpc, theirs) = (fixture.default_vpc(ALICE).id, fixture.default_vpc(BOB).id);
+        let foreign = security_group::default_group(&fixture.world.begin(), BOB, &theirs).unwrap().id.clone();
+        let request = shapes::CreateVpcRequest { cidr_block: Some("10.0.0.0/16".into()), ..Default::default() };
+        let other = fixture.call(ALICE, |call| super::super::vpc::create_vpc(call, request)).unwrap().vpc.unwrap().vpc_id.unwrap();
+        let elsewhere = security_group::default_group(&fixture.world.begin(), ALICE, &other).unwrap().id.clone();
+        let own = security_group::default_group(&fixture.world.begin(), ALICE, &vpc).unwrap().id.clone();
+        let tx = fixture.world.begin();
+        for id in [foreign, elsewhere] {
+            assert_eq!(checked_groups(&tx, ALICE, &vpc, &[id]).unwrap_err().code, "InvalidGroup.NotFound");
+        }
+        assert_eq!(checked_groups(&tx, ALICE, &vpc, &[]).unwrap(), std::slice::from_ref(&own));
+        assert_eq!(checked_groups(&tx, ALICE, &vpc, &[own.clone(), own.clone()]).unwrap(), std::slice::from_ref(&own));
+    }
+}

@@ -1,0 +1,113 @@
+//! The way to a guest: from another guest of the card, from another card, or from
+//! the internet; always through the policy of the port.
+
+use super::guest::Subject;
+use super::{Hot, Next, Pipeline, ROUTER_MAC, Turn};
+use crate::action::Origin;
+use crate::counters::DropReason;
+use crate::flow::{Direction, Flow, FlowId, Key, Slot};
+use crate::headers::{self, ETHERNET, Ipv4, Transport};
+use crate::packet::Packet;
+use crate::policy::Port;
+use crate::{Mac, anti_spoof, nat, policy};
+
+impl Pipeline {
+    pub(super) fn guest_out(&mut self, turn: &mut Turn<'_>, slot: Slot, origin: Origin, packet: &mut Packet) -> Result<Next, DropReason> {
+        let hot = self.port(slot).ok_or(DropReason::UnknownPort)?.hot;
+        let (ethernet, payload) = headers::ethernet(packet.as_slice())?;
+        let ip = headers::ipv4(payload)?;
+        let sender = ethernet.source;
+        let subject = match self.classify(slot, Direction::Ingress, &ip, payload.get(ip.header_len..).unwrap_or_default()) {
+            Ok(subject) => subject,
+            // Who may not speak at all is counted as that, whatever he says.
+            Err(reason) => return Err(self.source_mac(slot, &ip, origin, sender).err().unwrap_or(reason)),
+        };
+        let source_mac = match subject {
+            Subject::Whole(key, transport) => {
+                let known = self
+                    .flows
+                    .find(self.flows.hash(&key), &key)
+                    .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Ingress, &transport)));
+                let (id, source_mac) = match known {
+                    Some(id) => (id, self.origin_check(slot, &hot, id, &ip, origin, sender)?),
+                    None => self.open_ingress(turn, slot, &hot, key, (&ip, &transport), (origin, sender))?,
+                };
+                self.flows.observe(id, turn.now, Direction::Ingress, &transport);
+                if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Ingress, &ip, key) {
+                    return Err(DropReason::FragmentTableFull);
+                }
+                source_mac
+            }
+            Subject::Fragment(key) => {
+                let id = self.flows.find(self.flows.hash(&key), &key).ok_or(DropReason::FragmentUnknown)?;
+                self.origin_check(slot, &hot, id, &ip, origin, sender)?
+            }
+            Subject::Related(_) => self.source_mac(slot, &ip, origin, sender)?,
+        };
+        headers::set_macs(packet.as_mut_slice(), hot.mac, source_mac);
+        Ok(Next::Deliver(slot))
+    }
+
+    /// A packet for the public address of the port in `slot` becomes one for its
+    /// private address.
+    pub(super) fn enter(&mut self, slot: Slot, packet: &mut Packet) -> Result<Next, DropReason> {
+        let private = self.port(slot).ok_or(DropReason::UnknownPort)?.hot.ipv4;
+        let bytes = packet.as_mut_slice().get_mut(ETHERNET..).unwrap_or_default();
+        let ip = headers::ipv4(bytes)?;
+        if ip.ttl <= 1 {
+            return Err(DropReason::TtlExpired);
+        }
+        headers::decrement_ttl(bytes);
+        nat::destination(bytes, &ip, private);
+        Ok(Next::Ingress(slot, Origin::Public))
+    }
+
+    /// Checks that a packet of a known flow comes from where the flow's packets
+    /// come from; that place is checked when it changed, or the port did.
+    fn origin_check(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4, origin: Origin, sender: Mac) -> Result<Mac, DropReason> {
+        match self.flows.get(id) {
+            Some(flow) if flow.ingress == (hot.generation, origin) => Ok(flow.source_mac),
+            _ => {
+                let source_mac = self.source_mac(slot, ip, origin, sender)?;
+                if let Some(flow) = self.flows.get_mut(id) {
+                    flow.ingress = (hot.generation, origin);
+                    flow.source_mac = source_mac;
+                }
+                Ok(source_mac)
+            }
+        }
+    }
+
+    fn open_ingress(
+        &mut self,
+        turn: &mut Turn<'_>,
+        slot: Slot,
+        hot: &Hot,
+        key: Key,
+        (ip, transport): (&Ipv4, &Transport),
+        (origin, sender): (Origin, Mac),
+    ) -> Result<(FlowId, Mac), DropReason> {
+        let source_mac = self.source_mac(slot, ip, origin, sender)?;
+        let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
+        policy::ingress(&state.port, ip, transport)?;
+        let mut flow = Flow::new(key, Direction::Ingress);
+        flow.ingress = (hot.generation, origin);
+        flow.source_mac = source_mac;
+        Ok((self.flows.insert(turn.now, flow)?, source_mac))
+    }
+
+    /// Checks that a packet may come from `origin`, and says which source MAC the
+    /// guest sees: the sender's within the subnet, else the router's.
+    fn source_mac(&self, slot: Slot, ip: &Ipv4, origin: Origin, sender: Mac) -> Result<Mac, DropReason> {
+        let port: &Port = &self.port(slot).ok_or(DropReason::UnknownPort)?.port;
+        match origin {
+            // The sending side has checked the source and put the MAC.
+            Origin::Local => Ok(sender),
+            Origin::Vtep(vtep) => {
+                let endpoint = anti_spoof::from_vtep(port, ip.source, vtep)?;
+                Ok(if port.config.subnet.contains(ip.source) { endpoint.mac } else { ROUTER_MAC })
+            }
+            Origin::Public => anti_spoof::from_public(port, ip.source).map(|()| ROUTER_MAC),
+        }
+    }
+}

@@ -1,0 +1,8 @@
+#![allow(clippy::cast_possible_truncation)]
+
+mod flows;
+mod garbage;
+mod lab;
+mod public;
+mod services;
+mod vpc;

@@ -1,0 +1,554 @@
+//! One running region: its files, its processes, its end.
+//!
+//! ```text
+//! DIR/ready.json             what scripts read (also copied to --ready-file)
+//! DIR/{control,card-a-1,host-a-1,link-a-1}.toml and folders of the same names
+//! DIR/tls/                   the region authority and one certificate a daemon
+//! DIR/keys/rack              the ssh key of `cargo rack ssh`
+//! DIR/logs/NAME.log
+//! ```
+//!
+//! Order of start: wires, cards, hosts, control; order of stop: control, cards,
+//! hosts with their machines, wires. Every process is found again by the
+//! configuration file on its command line, so `down` also stops what was
+//! restarted by hand.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
+
+use crate::progress::Step;
+use crate::tenant::Tenant;
+use crate::wire::{self, Wire};
+use crate::{Machine, Up, build, image, packages};
+
+const REGION: &str = "us-east-1";
+/// What a simulated host has: mapped onto the real machine, and said so.
+const HOST_CORES: u32 = 8;
+const HOST_MEMORY_BYTES: u64 = 16 << 30;
+const STORAGE_BYTES: u64 = 1 << 40;
+
+/// Where a region lives unless `--dir` says otherwise.
+pub fn default_dir() -> PathBuf {
+    build::root().join("target/rack")
+}
+
+/// Images are the same for all regions of this checkout.
+pub fn images_dir() -> PathBuf {
+    build::root().join("target/images")
+}
+
+/// One process of the region.
+struct Process {
+    name: String,
+    kind: &'static str,
+    zone: String,
+    binary: PathBuf,
+    config: PathBuf,
+    log: PathBuf,
+    child: Option<Child>,
+}
+
+/// `cargo rack up`.
+pub fn up(options: &Up) -> Result<ExitCode> {
+    if matches!(options.machine, Machine::Kvm) {
+        bail!("--machine kvm: the native machine is not built yet; use auto, qemu or sim");
+    }
+    packages::ensure(false)?;
+    if !packages::is_root() {
+        bail!("this version of the rack needs root for its network namespaces; run it as root (see README, What is not there yet)");
+    }
+    let dpdk = !options.no_dpdk && packages::has_dpdk();
+    if !options.no_build {
+        build::daemons(dpdk)?;
+    }
+    let images = images_dir();
+    fs::create_dir_all(&images)?;
+    image::stubs(&images)?;
+    let guests = !matches!(options.machine, Machine::Sim);
+    if guests {
+        image::mini(&images)?;
+    }
+
+    let dir = absolute(&options.at.dir)?;
+    if dir.join("ready.json").exists() && !processes_of(&dir).is_empty() {
+        bail!("a region runs in {} already; stop it with: cargo rack down", dir.display());
+    }
+    stop_signals()?;
+    let begun = Instant::now();
+    let mut region = Region::create(&dir, options, dpdk)?;
+    let result = region.run(options, begun, guests);
+    region.stop();
+    if options.keep {
+        eprintln!("rack: data kept in {}", dir.display());
+    } else {
+        fs::remove_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    }
+    if let Some(file) = &options.ready_file {
+        let _ = fs::remove_file(file);
+    }
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// `cargo rack down`.
+pub fn down(dir: &Path) -> Result<ExitCode> {
+    let dir = absolute(dir)?;
+    let found = processes_of(&dir);
+    for (pid, _) in &found {
+        kill(*pid, libc::SIGTERM);
+    }
+    wait_gone(&dir, Duration::from_secs(5));
+    for (pid, _) in processes_of(&dir) {
+        kill(pid, libc::SIGKILL);
+    }
+    if packages::is_root() {
+        Wire::new(&name_of(&dir), Vec::new()).remove();
+    }
+    if dir.join("control.toml").exists() {
+        fs::remove_dir_all(&dir)?;
+    }
+    eprintln!("rack: {} processes stopped, {} removed", found.len(), dir.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `cargo rack exec`.
+pub fn exec(dir: &Path, command: &[String]) -> Result<ExitCode> {
+    let wire = Wire::new(&name_of(&absolute(dir)?), Vec::new());
+    let error = Command::new("ip").args(["netns", "exec", &wire.internet_namespace()]).args(command).exec();
+    Err(error).context("ip netns exec")
+}
+
+/// What the ready file says.
+pub fn ready(dir: &Path) -> Result<Value> {
+    let path = absolute(dir)?.join("ready.json");
+    let text = fs::read_to_string(&path).with_context(|| format!("no region in {}; start one with: cargo rack up", dir.display()))?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// The region's name in namespaces: short, and one for each folder.
+fn name_of(dir: &Path) -> String {
+    // FNV-1a; only distinctness matters.
+    let hash = dir
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    format!("rack-{:06x}", hash & 0xff_ffff)
+}
+
+struct Region {
+    dir: PathBuf,
+    wire: Wire,
+    processes: Vec<Process>,
+}
+
+impl Region {
+    /// Writes every configuration file and lays the wires.
+    fn create(dir: &Path, options: &Up, dpdk: bool) -> Result<Self> {
+        for folder in ["tls", "keys", "logs", "control"] {
+            fs::create_dir_all(dir.join(folder))?;
+        }
+        let cardinal = build::binary("cardinal")?;
+        let tls = dir.join("tls");
+        if !tls.join("ca.pem").exists() {
+            checked(Command::new(&cardinal).args(["authority", "init", "--dir"]).arg(&tls))?;
+        }
+
+        let mut cards = Vec::new();
+        let mut shorts = Vec::new();
+        let mut zones = Vec::new();
+        for letter in ('a'..='f').take(usize::from(options.zones)) {
+            let zone = format!("{REGION}{letter}");
+            for number in 1..=options.hosts_per_zone {
+                cards.push((format!("{letter}-{number}"), zone.clone()));
+                shorts.push(format!("{letter}{number}"));
+            }
+            zones.push(zone);
+        }
+        let wire = Wire::new(&name_of(dir), shorts.clone());
+        wire.lay()?;
+        let mut region = Self { dir: dir.to_owned(), wire, processes: Vec::new() };
+        let mut ports = free_ports(cards.len() * 3)?.into_iter();
+        let mut port = || ports.next().ok_or_else(|| anyhow!("no free port"));
+
+        let mut control_cards = String::new();
+        for (index, ((place, zone), short)) in cards.iter().zip(&shorts).enumerate() {
+            let id = format!("card-{zone}-{}", place.rsplit('-').next().unwrap_or("1"));
+            let (grpc, metrics, storage) = (port()?, port()?, port()?);
+            let card = format!("card-{place}");
+            issue(&cardinal, &tls, &id)?;
+            let link = dir.join(format!("link-{place}"));
+            fs::create_dir_all(&link)?;
+            fs::create_dir_all(dir.join(&card))?;
+            let (under, public) = Wire::card_interfaces(short);
+            let device = if dpdk { "dpdk" } else { "packet" };
+            let namespace = format!("/run/netns/{}", region.wire.card_namespace(short));
+            let text = format!(
+                "id = \"{id}\"\nzone = \"{zone}\"\nstate_dir = \"{state}\"\nlink_dir = \"{link}\"\nimages_dir = \"{images}\"\n\
+                 listen = \"127.0.0.1:{grpc}\"\nmetrics_listen = \"127.0.0.1:{metrics}\"\nroles = [\"compute\", \"storage\"]\n\n\
+                 [tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/{id}.pem\"\nkey = \"{tls}/{id}.key\"\n\n\
+                 [underlay]\ndevice = \"{device}\"\ninterface = \"{under}\"\nnetns = \"{namespace}\"\naddress = \"10.255.0.{address}\"\nprefix_length = 24\n\n\
+                 [public]\ndevice = \"{device}\"\ninterface = \"{public}\"\nnetns = \"{namespace}\"\ngateway = \"{gateway}\"\nprefix_length = 24\n\n\
+                 [storage]\nlisten = \"127.0.0.1:{storage}\"\ncapacity_bytes = {STORAGE_BYTES}\n",
+                state = dir.join(&card).display(),
+                link = link.display(),
+                images = images_dir().display(),
+                tls = tls.display(),
+                address = index + 11,
+                gateway = wire::PUBLIC_GATEWAY,
+            );
+            region.add(&card, "card", zone, "nitro-card", &text)?;
+            let host = format!("host-{place}");
+            fs::create_dir_all(dir.join(&host))?;
+            let machine = match options.machine {
+                Machine::Auto => "auto",
+                Machine::Kvm => "kvm",
+                Machine::Qemu => "qemu",
+                Machine::Sim => "sim",
+            };
+            let text = format!(
+                "link_dir = \"{}\"\nrun_dir = \"{}\"\nmachine = \"{machine}\"\ncores = {HOST_CORES}\nmemory_bytes = {HOST_MEMORY_BYTES}\n",
+                link.display(),
+                dir.join(&host).display(),
+            );
+            region.add(&host, "host", zone, "thin-hv", &text)?;
+            control_cards.push_str(&format!("\n[[cards]]\nid = \"{id}\"\naddress = \"127.0.0.1:{grpc}\"\n"));
+        }
+        issue(&cardinal, &tls, "control")?;
+        let text = format!(
+            "region = \"{REGION}\"\nlisten = \"{listen}\"\nstate_dir = \"{state}\"\nimages_dir = \"{images}\"\npublic_pool = \"{pool}\"\n\
+             zones = {zones:?}\n\n[tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/control.pem\"\nkey = \"{tls}/control.key\"\n{control_cards}",
+            listen = options.listen,
+            state = dir.join("control").display(),
+            images = images_dir().display(),
+            pool = wire::PUBLIC_POOL,
+            tls = tls.display(),
+        );
+        region.add("control", "control", "", "control", &text)?;
+        Ok(region)
+    }
+
+    fn add(&mut self, name: &str, kind: &'static str, zone: &str, binary: &str, config: &str) -> Result<()> {
+        let path = self.dir.join(format!("{name}.toml"));
+        fs::write(&path, config)?;
+        self.processes.push(Process {
+            name: name.to_owned(),
+            kind,
+            zone: zone.to_owned(),
+            binary: build::binary(binary)?,
+            config: path,
+            log: self.dir.join("logs").join(format!("{name}.log")),
+            child: None,
+        });
+        Ok(())
+    }
+
+    /// Starts everything, waits until it serves, and stays until a signal.
+    fn run(&mut self, options: &Up, begun: Instant, guests: bool) -> Result<()> {
+        for process in &mut self.processes {
+            process.start()?;
+        }
+        let step = Step::begin("start the region");
+        let endpoint = format!("http://{}", options.listen);
+        let account = self.account(&options.listen.to_string())?;
+        let tenant = Tenant::of(&endpoint, REGION, &account)?;
+        self.wait_for_cards(&tenant)?;
+        self.prepare_login(&tenant)?;
+        step.end();
+        self.publish(options, &endpoint, &account, &tenant)?;
+        eprintln!("rack: ready after {:.1} s", begun.elapsed().as_secs_f64());
+        self.print_welcome(&endpoint, &account, &tenant)?;
+
+        let images = images_dir();
+        let mut builder = (guests && !options.no_debian && !image::is_built(&images, "debian-12"))
+            .then(|| std::thread::spawn(move || image::debian(&images)));
+        while !STOP.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(200));
+            if builder.as_ref().is_some_and(std::thread::JoinHandle::is_finished) {
+                match builder.take().map(std::thread::JoinHandle::join) {
+                    Some(Ok(Ok(()))) => {
+                        let deadline = Instant::now() + Duration::from_secs(10);
+                        while !tenant.images()?.contains_key("debian-12") && Instant::now() < deadline {
+                            std::thread::sleep(Duration::from_millis(200));
+                        }
+                        self.publish(options, &endpoint, &account, &tenant)?;
+                    }
+                    Some(Ok(Err(error))) => eprintln!("rack: image debian-12: {error:#}"),
+                    _ => eprintln!("rack: the builder of debian-12 died"),
+                }
+            }
+            for process in &mut self.processes {
+                process.notice_end();
+            }
+        }
+        Ok(())
+    }
+
+    /// The first account, or the one of an earlier start with `--keep`.
+    fn account(&mut self, listen: &str) -> Result<Value> {
+        let kept = self.dir.join("account.json");
+        let socket = self.dir.join("control/admin.sock");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() || std::net::TcpStream::connect(listen).is_err() {
+            self.check_alive()?;
+            if Instant::now() > deadline {
+                bail!("control does not listen on {listen}; see {}/logs/control.log", self.dir.display());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Ok(text) = fs::read_to_string(&kept) {
+            return Ok(serde_json::from_str(&text)?);
+        }
+        let output =
+            Command::new(build::binary("cardinal")?).args(["account", "create", "--json", "--admin-socket"]).arg(&socket).output()?;
+        if !output.status.success() {
+            bail!("cardinal account create: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        fs::write(&kept, &output.stdout)?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    fn check_alive(&mut self) -> Result<()> {
+        for process in &mut self.processes {
+            if let Some(child) = &mut process.child
+                && let Some(status) = child.try_wait()?
+            {
+                bail!("{} ended ({status}); the end of its log:\n{}", process.name, tail(&process.log));
+            }
+        }
+        Ok(())
+    }
+
+    /// Until every card is connected with its host, launches could be refused.
+    fn wait_for_cards(&mut self, tenant: &Tenant) -> Result<()> {
+        let wanted = self.processes.iter().filter(|process| process.kind == "card").count();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let ready = tenant.healthz().ok().and_then(|health| health["cards_ready"].as_u64()).unwrap_or(0);
+            if usize::try_from(ready).is_ok_and(|ready| ready >= wanted) {
+                return Ok(());
+            }
+            self.check_alive()?;
+            if STOP.load(Ordering::Relaxed) {
+                bail!("stopped while it started");
+            }
+            if Instant::now() > deadline {
+                bail!("only {ready} of {wanted} cards came up; see {}/logs", self.dir.display());
+            }
+            std::thread::sleep(Duration::from_millis(25));
+        }
+    }
+
+    /// A key pair and a security group `rack`, so that the printed commands work.
+    fn prepare_login(&self, tenant: &Tenant) -> Result<()> {
+        let key = self.dir.join("keys/rack");
+        if !key.exists() {
+            checked(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "rack", "-f"]).arg(&key))?;
+        }
+        tenant.prepare_login(&fs::read(key.with_extension("pub"))?)
+    }
+
+    fn publish(&self, options: &Up, endpoint: &str, account: &Value, tenant: &Tenant) -> Result<()> {
+        let images = tenant.images()?;
+        let mut users = serde_json::Map::new();
+        for name in images.keys() {
+            let manifest: Value = serde_json::from_slice(&fs::read(images_dir().join(format!("{name}.json")))?)?;
+            if manifest.get("boot").is_some() {
+                users.insert(name.clone(), manifest["user"].clone());
+            }
+        }
+        let processes: Vec<Value> = self.processes.iter().map(Process::describe).collect();
+        let ready = json!({
+            "endpoint": endpoint,
+            "region": REGION,
+            "account_id": account["account_id"],
+            "access_key_id": account["access_key_id"],
+            "secret_access_key": account["secret_access_key"],
+            "images": images,
+            "users": users,
+            "processes": processes,
+            "dir": self.dir,
+            "wire_namespace": self.wire.wire_namespace(),
+            "internet_namespace": self.wire.internet_namespace(),
+            "far_host": wire::FAR_HOST,
+        });
+        let text = serde_json::to_vec_pretty(&ready)?;
+        let mut files = vec![self.dir.join("ready.json")];
+        files.extend(options.ready_file.clone());
+        for file in files {
+            let temporary = file.with_extension("new");
+            fs::write(&temporary, &text)?;
+            fs::rename(temporary, file)?;
+        }
+        Ok(())
+    }
+
+    fn print_welcome(&self, endpoint: &str, account: &Value, tenant: &Tenant) -> Result<()> {
+        let images = tenant.images()?;
+        let image = images.get("mini").or_else(|| images.values().next()).ok_or_else(|| anyhow!("no image is registered"))?;
+        let (key, secret) = (&account["access_key_id"], &account["secret_access_key"]);
+        let dir = if self.dir == default_dir() { String::new() } else { format!(" --dir {}", self.dir.display()) };
+        println!(
+            "\nCardinal serves {REGION} at {endpoint}\n\n  export AWS_ENDPOINT_URL={endpoint} AWS_DEFAULT_REGION={REGION} AWS_ACCESS_KEY_ID={} AWS_SECRET_ACCESS_KEY={}\n\n\
+             Try, in another terminal, after that line:\n\n  aws ec2 run-instances --image-id {image} --instance-type t3.micro --key-name rack --security-groups rack\n  \
+             cargo rack ssh{dir}\n  cargo rack demo{dir}\n\nHosts are simulated: {HOST_CORES} cores and 16 GiB each, mapped onto this machine. Ctrl-C stops the region.",
+            key.as_str().unwrap_or_default(),
+            secret.as_str().unwrap_or_default(),
+        );
+        Ok(())
+    }
+
+    /// Ends every process and takes the wires away.
+    fn stop(&mut self) {
+        let step = Step::begin("stop the region");
+        for (pid, command) in processes_of(&self.dir) {
+            if !command.contains("qemu-system") {
+                kill(pid, libc::SIGTERM);
+            }
+        }
+        wait_gone(&self.dir, Duration::from_secs(3));
+        for (pid, _) in processes_of(&self.dir) {
+            kill(pid, libc::SIGKILL);
+        }
+        for process in &mut self.processes {
+            if let Some(mut child) = process.child.take() {
+                let _ = child.wait();
+            }
+        }
+        self.wire.remove();
+        step.end();
+    }
+}
+
+impl Process {
+    fn start(&mut self) -> Result<()> {
+        let log = fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
+        let child = Command::new(&self.binary)
+            .arg("--config")
+            .arg(&self.config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            // Ctrl-C in the terminal is for the rack, which stops them in order.
+            .process_group(0)
+            .spawn()
+            .with_context(|| self.binary.display().to_string())?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Says once that the process that the rack started is gone.
+    fn notice_end(&mut self) {
+        if let Some(child) = &mut self.child
+            && let Ok(Some(status)) = child.try_wait()
+        {
+            self.child = None;
+            eprintln!("rack: {} ended ({status}); start it again with: {}", self.name, self.restart());
+        }
+    }
+
+    fn restart(&self) -> String {
+        format!("{} --config {} >>{} 2>&1 &", self.binary.display(), self.config.display(), self.log.display())
+    }
+
+    fn describe(&self) -> Value {
+        json!({
+            "name": self.name,
+            "kind": self.kind,
+            "zone": self.zone,
+            "pid": self.child.as_ref().map(Child::id),
+            "log": self.log,
+            "restart": self.restart(),
+        })
+    }
+}
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn on_signal(_: libc::c_int) {
+    STOP.store(true, Ordering::Relaxed);
+}
+
+/// From here on SIGINT and SIGTERM end the region in order.
+fn stop_signals() -> Result<()> {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        let handler = on_signal as extern "C" fn(libc::c_int);
+        // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
+        #[allow(unsafe_code)]
+        let previous = unsafe { libc::signal(signal, handler as libc::sighandler_t) };
+        if previous == libc::SIG_ERR {
+            bail!("cannot catch signal {signal}");
+        }
+    }
+    Ok(())
+}
+
+fn kill(pid: i32, signal: libc::c_int) {
+    // SAFETY: kill takes plain integers; the pid was read from /proc as one of ours.
+    #[allow(unsafe_code)]
+    let _ = unsafe { libc::kill(pid, signal) };
+}
+
+/// Pids and command lines of the daemons and machines that belong to `dir`.
+pub fn processes_of(dir: &Path) -> Vec<(i32, String)> {
+    let mark = format!("{}/", dir.display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let Ok(bytes) = fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let command = String::from_utf8_lossy(&bytes).replace('\0', " ");
+        let program = command.split(' ').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+        if matches!(program, "nitro-card" | "thin-hv" | "control" | "qemu-system-x86_64") && command.contains(&mark) {
+            found.push((pid, command));
+        }
+    }
+    found
+}
+
+fn wait_gone(dir: &Path, at_most: Duration) {
+    let deadline = Instant::now() + at_most;
+    while Instant::now() < deadline && processes_of(dir).iter().any(|(_, command)| !command.contains("qemu-system")) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn issue(cardinal: &Path, tls: &Path, name: &str) -> Result<()> {
+    if tls.join(format!("{name}.pem")).exists() {
+        return Ok(());
+    }
+    checked(Command::new(cardinal).args(["authority", "issue", "--name", name, "--dir"]).arg(tls))
+}
+
+fn checked(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
+    if !output.status.success() {
+        bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
+fn tail(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines.iter().skip(lines.len().saturating_sub(8)).copied().collect::<Vec<_>>().join("\n")
+}
+
+fn free_ports(count: usize) -> Result<Vec<u16>> {
+    let listeners: Vec<TcpListener> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<std::io::Result<_>>()?;
+    listeners.iter().map(|listener| Ok(listener.local_addr()?.port())).collect()
+}
+
+fn absolute(dir: &Path) -> Result<PathBuf> {
+    Ok(std::path::absolute(dir)?)
+}

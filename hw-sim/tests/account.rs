@@ -1,0 +1,120 @@
+//! Acceptance 10: a second account sees, names and touches nothing of the first.
+
+use hw_sim::{Region, root_or_skip};
+
+/// An action, its parameters with `@` for the foreign id, and that id.
+type Case<'a> = (&'a str, Vec<(&'a str, &'a str)>, &'a str);
+
+#[test]
+fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
+    if !root_or_skip("account") {
+        return;
+    }
+    let region = Region::start("account", &["--zones", "1", "--machine", "sim"]);
+    let image = region.image("mini");
+    let instance = region
+        .call("RunInstances", &[("ImageId", &image), ("InstanceType", "t3.micro"), ("MinCount", "1"), ("MaxCount", "1")])
+        .need("instanceId");
+    region.wait_state(&instance, "running", 10);
+    let one = |action: &str, name: &str| region.call(action, &[]).need(name);
+    let vpc = one("DescribeVpcs", "vpcId");
+    let subnet = one("DescribeSubnets", "subnetId");
+    let table = one("DescribeRouteTables", "routeTableId");
+    let gateway = one("DescribeInternetGateways", "internetGatewayId");
+    let interface = one("DescribeNetworkInterfaces", "networkInterfaceId");
+    let volume = one("DescribeVolumes", "volumeId");
+    let group = region.call("DescribeSecurityGroups", &[("GroupName.1", "rack")]).need("groupId");
+    let allocation = region.call("AllocateAddress", &[("Domain", "vpc")]).need("allocationId");
+    let stranger = region.account();
+
+    // Lists: nothing of the first account; public images are for everybody.
+    let list = |action: &str| region.try_call_as(&stranger, action, &[]).unwrap_or_else(|refusal| panic!("{action}: {refusal:?}")).0;
+    for action in [
+        "DescribeInstances",
+        "DescribeVpcs",
+        "DescribeSubnets",
+        "DescribeRouteTables",
+        "DescribeInternetGateways",
+        "DescribeNetworkInterfaces",
+        "DescribeVolumes",
+        "DescribeSecurityGroups",
+        "DescribeAddresses",
+        "DescribeKeyPairs",
+        "DescribeTags",
+        "DescribeSecurityGroupRules",
+        "DescribeNetworkAcls",
+    ] {
+        let answer = list(action);
+        for id in [&instance, &vpc, &subnet, &table, &gateway, &interface, &volume, &group, &allocation] {
+            assert!(!answer.contains(id.as_str()), "{action} shows {id} to a stranger");
+        }
+    }
+
+    // Calls: a foreign id answers exactly as an id that never was.
+    let unknown = |id: &str| format!("{}-{}", id.split_once('-').expect("an id").0, "0123456789abcdef0");
+    let cases: Vec<Case<'_>> = vec![
+        ("DescribeInstances", vec![("InstanceId.1", "@")], &instance),
+        ("StartInstances", vec![("InstanceId.1", "@")], &instance),
+        ("StopInstances", vec![("InstanceId.1", "@")], &instance),
+        ("RebootInstances", vec![("InstanceId.1", "@")], &instance),
+        ("TerminateInstances", vec![("InstanceId.1", "@")], &instance),
+        ("ModifyInstanceAttribute", vec![("InstanceId", "@"), ("InstanceType.Value", "t3.small")], &instance),
+        ("DescribeInstanceAttribute", vec![("InstanceId", "@"), ("Attribute", "userData")], &instance),
+        ("DescribeInstanceStatus", vec![("InstanceId.1", "@")], &instance),
+        ("GetConsoleOutput", vec![("InstanceId", "@")], &instance),
+        ("CreateTags", vec![("ResourceId.1", "@"), ("Tag.1.Key", "k"), ("Tag.1.Value", "v")], &instance),
+        ("AssociateAddress", vec![("AllocationId", "@"), ("InstanceId", "i-0123456789abcdef0")], &allocation),
+        ("ReleaseAddress", vec![("AllocationId", "@")], &allocation),
+        ("DescribeVolumes", vec![("VolumeId.1", "@")], &volume),
+        ("AttachVolume", vec![("VolumeId", "@"), ("InstanceId", "i-0123456789abcdef0"), ("Device", "/dev/sdf")], &volume),
+        ("DetachVolume", vec![("VolumeId", "@")], &volume),
+        ("DeleteVolume", vec![("VolumeId", "@")], &volume),
+        ("DescribeVpcs", vec![("VpcId.1", "@")], &vpc),
+        ("DeleteVpc", vec![("VpcId", "@")], &vpc),
+        ("CreateSubnet", vec![("VpcId", "@"), ("CidrBlock", "172.31.200.0/24")], &vpc),
+        ("CreateRouteTable", vec![("VpcId", "@")], &vpc),
+        ("CreateSecurityGroup", vec![("GroupName", "x"), ("GroupDescription", "x"), ("VpcId", "@")], &vpc),
+        ("DescribeSubnets", vec![("SubnetId.1", "@")], &subnet),
+        ("DeleteSubnet", vec![("SubnetId", "@")], &subnet),
+        (
+            "RunInstances",
+            vec![("ImageId", &image), ("InstanceType", "t3.micro"), ("MinCount", "1"), ("MaxCount", "1"), ("SubnetId", "@")],
+            &subnet,
+        ),
+        ("DescribeRouteTables", vec![("RouteTableId.1", "@")], &table),
+        (
+            "CreateRoute",
+            vec![("RouteTableId", "@"), ("DestinationCidrBlock", "10.9.0.0/16"), ("GatewayId", "igw-0123456789abcdef0")],
+            &table,
+        ),
+        ("DeleteRouteTable", vec![("RouteTableId", "@")], &table),
+        ("DescribeInternetGateways", vec![("InternetGatewayId.1", "@")], &gateway),
+        ("DetachInternetGateway", vec![("InternetGatewayId", "@"), ("VpcId", "vpc-0123456789abcdef0")], &gateway),
+        ("DeleteInternetGateway", vec![("InternetGatewayId", "@")], &gateway),
+        ("DescribeSecurityGroups", vec![("GroupId.1", "@")], &group),
+        ("DeleteSecurityGroup", vec![("GroupId", "@")], &group),
+        (
+            "AuthorizeSecurityGroupIngress",
+            vec![("GroupId", "@"), ("IpPermissions.1.IpProtocol", "-1"), ("IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0")],
+            &group,
+        ),
+        (
+            "RevokeSecurityGroupIngress",
+            vec![("GroupId", "@"), ("IpPermissions.1.IpProtocol", "-1"), ("IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0")],
+            &group,
+        ),
+        ("DescribeNetworkInterfaces", vec![("NetworkInterfaceId.1", "@")], &interface),
+    ];
+    for (action, parameters, id) in &cases {
+        let with = |id: &str| {
+            let parameters: Vec<(&str, &str)> =
+                parameters.iter().map(|(name, value)| (*name, if *value == "@" { id } else { *value })).collect();
+            match region.try_call_as(&stranger, action, &parameters) {
+                Ok(answer) => panic!("{action} with {id} was accepted: {}", answer.0),
+                Err(refusal) => (refusal.code, refusal.message.replace(id, "@")),
+            }
+        };
+        assert_eq!(with(id), with(&unknown(id)), "{action} tells a foreign {id} from an unknown one");
+    }
+    assert_eq!(region.state(&instance), "running");
+}

@@ -1,0 +1,175 @@
+//! Puts a card together from its settings, in the order in which the parts need
+//! each other, and runs it until it is told to stop.
+//!
+//! The order: storage target, packet path, metadata service, the card's thread
+//! (which converges from its own disk), the host's link, and the API last, so
+//! that control never finds half a card. Stopping leaves guests, sockets and
+//! desired state as they are: guests go on, their I/O waits for the next start.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use card_proto::card::Hello;
+use dataplane::io::PacketIo;
+use dataplane::io::packet::PacketPort;
+use dataplane::io::udp::UdpPort;
+use dataplane::{Dataplane, Mac, PublicSide, Underlay};
+use storage_target::{Target, TargetSettings};
+
+use crate::card::{self, Card};
+use crate::console::Consoles;
+use crate::converge::Config;
+use crate::desired::Store;
+use crate::devices::Parts;
+use crate::host::{self, LinkCounters};
+use crate::imds::{self, Subjects, token::TokenKey};
+use crate::metrics::{self, Sources};
+use crate::server::{self, Credentials};
+use crate::settings::{Device, Role, Settings};
+
+/// The mailbox's socket in the link folder.
+const SLOT: &str = "slot.sock";
+
+/// Runs a card until `stopped` ends.
+///
+/// # Errors
+/// What keeps the card from starting, or from serving control.
+pub async fn run(settings: Settings, stopped: impl Future<Output = ()>) -> anyhow::Result<()> {
+    for folder in [&settings.state_dir, &settings.link_dir] {
+        fs::create_dir_all(folder).with_context(|| format!("make the folder {}", folder.display()))?;
+    }
+    let credentials = Credentials {
+        authority: read(&settings.tls.authority)?,
+        certificate: read(&settings.tls.certificate)?,
+        key: read(&settings.tls.key)?,
+    };
+    let store = Store::open(&settings.state_dir).context("open the store of desired state")?;
+    let consoles = Arc::new(Consoles::new(&settings.state_dir).context("open the consoles")?);
+    let target = settings.storage.as_ref().map(|storage| {
+        let dir = settings.state_dir.join("volumes");
+        fs::create_dir_all(&dir)?;
+        Target::start(TargetSettings { listen: storage.listen, dir, images: settings.images_dir.clone() }).map(Arc::new)
+    });
+    let target = target.transpose().context("start the storage target")?;
+    let dataplane = if settings.has(Role::Compute) { Some(Arc::new(packet_path(&settings)?)) } else { None };
+
+    let subjects = Arc::new(ArcSwap::from_pointee(Subjects::new()));
+    let imds_counters = Arc::new(imds::Counters::default());
+    let _metadata = match &dataplane {
+        Some(dataplane) => {
+            let key = TokenKey::load(&settings.state_dir.join("imds.key")).context("read the key of metadata tokens")?;
+            let (punted, replies) = (dataplane.punted(), dataplane.clone());
+            let inject = move |port, frame: &[u8]| replies.inject(port, frame);
+            Some(imds::Service::start(punted, inject, subjects.clone(), key, imds_counters.clone())?)
+        }
+        None => None,
+    };
+
+    let boot_id = u64::from_le_bytes(random()?);
+    let capacity_bytes = settings.storage.as_ref().map_or(0, |storage| storage.capacity_bytes);
+    let hello = Hello {
+        card_id: settings.id.clone(),
+        zone: settings.zone.clone(),
+        boot_id,
+        compute: settings.has(Role::Compute),
+        storage: settings.has(Role::Storage),
+        underlay_ipv4: settings.underlay.address.map_or(0, u32::from),
+        storage_address: target.as_ref().map(|target| target.local_addr().to_string()).unwrap_or_default(),
+        initiator_nqn: settings.initiator_nqn(),
+        storage_bytes: capacity_bytes,
+        ..Hello::default()
+    };
+    let parts = Parts {
+        link_dir: settings.link_dir.clone(),
+        images_dir: settings.images_dir.clone(),
+        initiator_nqn: settings.initiator_nqn(),
+        consoles: consoles.clone(),
+        dataplane: dataplane.clone(),
+        target: target.clone(),
+    };
+    let (handle, inbox) = card::channel();
+    let config = Config { boot_id, capacity_bytes, store_complete: false };
+    let card = Card::new(store, config, hello, parts, subjects, handle.clone()).context("make the card")?;
+    let thread = card.start(inbox)?;
+    let link = Arc::new(LinkCounters::default());
+    if settings.has(Role::Compute) {
+        let tell = { let handle = handle.clone(); move |number, event| handle.host(number, event) };
+        host::listen(&settings.link_dir.join(SLOT), consoles.clone(), link.clone(), tell).context("listen for the host")?;
+    }
+    let listener = tokio::net::TcpListener::bind(settings.metrics_listen).await;
+    let listener = listener.with_context(|| format!("listen on {} for metrics", settings.metrics_listen))?;
+    let sources = Sources { card: handle.clone(), dataplane, target: target.clone(), link, imds: imds_counters };
+    tokio::spawn(metrics::serve(listener, sources));
+
+    let served = server::serve(settings.listen, credentials, handle.clone(), consoles, stopped).await;
+    handle.stop();
+    if tokio::task::spawn_blocking(move || thread.join()).await.is_ok_and(|joined| joined.is_err()) {
+        tracing::error!("the card's thread had panicked");
+    }
+    if let Some(target) = target {
+        target.stop();
+    }
+    served.with_context(|| format!("serve control on {}", settings.listen))
+}
+
+/// Opens the wires of the card and starts the packet path on them.
+fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
+    let underlay = &settings.underlay;
+    let address = underlay.address.unwrap_or(Ipv4Addr::UNSPECIFIED);
+    let (wire, mac) = match underlay.device {
+        Device::Udp => {
+            let port = UdpPort::bind(address).with_context(|| format!("bind the underlay to {address}"))?;
+            (Some(Box::new(port) as Box<dyn PacketIo>), Mac([0; 6]))
+        }
+        device => open(device, underlay.interface.as_deref(), underlay.netns.as_deref()).context("open the underlay")?,
+    };
+    let encapsulated = underlay.device != Device::Udp;
+    let underlay = Underlay { address, prefix_length: underlay.prefix_length, mac, encapsulated };
+    let public = &settings.public;
+    let (outside, mac) = open(public.device, public.interface.as_deref(), public.netns.as_deref()).context("open the public side")?;
+    let public = match (&outside, public.gateway) {
+        (Some(_), Some(gateway)) => Some(PublicSide { mac, gateway, prefix_length: public.prefix_length }),
+        _ => None,
+    };
+    let seed = u64::from_le_bytes(random()?);
+    Ok(Dataplane::start(dataplane::Settings { underlay, public, seed }, wire, outside)?)
+}
+
+/// Opens a wire that carries Ethernet frames.
+fn open(device: Device, interface: Option<&str>, netns: Option<&Path>) -> anyhow::Result<(Option<Box<dyn PacketIo>>, Mac)> {
+    let interface = interface.unwrap_or_default();
+    match device {
+        Device::None | Device::Udp => Ok((None, Mac([0; 6]))),
+        Device::Packet => {
+            let port = PacketPort::open(interface, netns).with_context(|| format!("open a packet socket on {interface}"))?;
+            let mac = Mac(port.mac());
+            Ok((Some(Box::new(port)), mac))
+        }
+        #[cfg(feature = "dpdk")]
+        Device::Dpdk => {
+            use dataplane::io::dpdk::DpdkPort;
+            // A name of the kernel has neither a comma nor a colon; device arguments and PCI addresses have.
+            let port = if interface.contains([',', ':']) { DpdkPort::open(interface, netns) } else { DpdkPort::open_interface(interface, netns) };
+            let port = port.with_context(|| format!("open {interface} by DPDK"))?;
+            let mac = Mac(port.mac());
+            Ok((Some(Box::new(port)), mac))
+        }
+        // Settings::load says so first, and better.
+        #[cfg(not(feature = "dpdk"))]
+        Device::Dpdk => anyhow::bail!("this nitro-card was built without DPDK"),
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    fs::read_to_string(path).with_context(|| format!("read {}", path.display()))
+}
+
+fn random() -> anyhow::Result<[u8; 8]> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no random bytes: {error}"))?;
+    Ok(bytes)
+}

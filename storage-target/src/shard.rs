@@ -1,0 +1,989 @@
+//! One thread, its connections, its volumes: the target's loop.
+//!
+//! A turn: wait; read each ready socket once and decode everything; start the I/O of all commands as one
+//! batch; take what has ended; write each connection's answers at once. Nothing in a turn waits for a disk.
+//!
+//! The first shard also accepts. A connection starts there; its Connect names a volume, and when another
+//! shard owns that volume the whole connection moves. From then on no data is shared between threads.
+//!
+//! One host, one writer. A volume's Connect is answered only when every request of earlier controllers of
+//! the volume has ended: when a card dies and starts again, a write that its old socket still held cannot
+//! land after a write of the new one. The same holds for a change of the volume's initiator.
+
+use crate::buffers::Buffers;
+use crate::connection::{Connection, Received};
+use crate::controller::{Answer, Controller, Facts, Host, Queue, Traffic};
+use crate::counters::count;
+use crate::io::{self as device, FileDevice, Finished};
+use crate::nvme::{
+    self, BLOCK, ConnectData, DISCOVERY_NQN, DiscoveryEntry, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus,
+    Sqe, opcode,
+};
+use crate::qos::{Cost, Qos};
+use crate::store::{self, VolumeFiles};
+use crate::target::{Shared, VolumeSpec, VolumeStatus};
+use crate::volume::{CloneFiles, Completion, Request, Volume, VolumeError};
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+/// Connections that may be open without having said who they are.
+const MAX_STRANGERS: usize = 64;
+/// How long a connection may take until its Connect.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often timers are looked at.
+const SCAN: Duration = Duration::from_millis(500);
+/// The most that one read takes from a socket, in bytes.
+const SCRATCH: usize = 256 * 1024;
+/// Events taken in one turn.
+const MAX_EVENTS: usize = 64;
+
+const WAKE: u64 = u64::MAX;
+const DEVICE: u64 = u64::MAX - 1;
+const LISTENER: u64 = u64::MAX - 2;
+
+/// Wakes a shard that sleeps.
+#[derive(Debug)]
+pub(crate) struct Wake {
+    event: OwnedFd,
+    pending: AtomicBool,
+}
+
+impl Wake {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            pending: AtomicBool::new(false),
+        })
+    }
+
+    pub fn wake(&self) {
+        if !self.pending.swap(true, Ordering::AcqRel) {
+            let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
+        }
+    }
+
+    fn clear(&self) {
+        self.pending.store(false, Ordering::Release);
+        let _ = rustix::io::read(&self.event, &mut [0_u8; 8]);
+    }
+}
+
+/// A volume whose files are open.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub spec: VolumeSpec,
+    pub files: VolumeFiles,
+    pub folder: PathBuf,
+}
+
+/// What a shard is told. Replies come when it is done.
+#[derive(Debug)]
+pub(crate) enum Message {
+    Serve { opened: Box<Opened>, reply: Sender<()> },
+    Update { spec: VolumeSpec, reply: Sender<()> },
+    Remove { id: String, reply: Sender<()> },
+    Status { id: String, reply: Sender<Option<VolumeStatus>> },
+    /// A connection whose Connect, in this slot, names a volume of this shard.
+    Adopt { connection: Box<Connection>, slot: usize },
+    Stop,
+}
+
+/// A volume and what stands before it.
+struct Served {
+    spec: VolumeSpec,
+    folder: PathBuf,
+    volume: Volume,
+    qos: Qos,
+    /// Requests that the limits hold back, in order.
+    throttled: VecDeque<(u64, Request, Cost)>,
+    traffic: Traffic,
+    failure_marked: bool,
+    /// Waits for the requests of controllers that were cut.
+    drains: Vec<Drain>,
+}
+
+enum Drain {
+    Connect { connection: usize, slot: usize },
+    Reply(Sender<()>),
+    Remove(Sender<()>),
+}
+
+/// The shard.
+pub(crate) struct Shard {
+    index: usize,
+    shared: Arc<Shared>,
+    inbox: Receiver<Message>,
+    wake: Arc<Wake>,
+    listener: Option<TcpListener>,
+    epoll: OwnedFd,
+    device: Box<dyn FileDevice>,
+    connections: slab::Slab<Box<Connection>>,
+    volumes: slab::Slab<Served>,
+    controllers: HashMap<u16, Controller>,
+    next_controller: u16,
+    buffers: Buffers,
+    scratch: Vec<u8>,
+    /// Connections with something to execute or to send.
+    touched: Vec<usize>,
+    finished: Vec<Finished>,
+    ended: Vec<Completion>,
+    start: Instant,
+    now: Duration,
+    next_scan: Duration,
+    stopping: bool,
+}
+
+impl Shard {
+    pub fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        inbox: Receiver<Message>,
+        wake: Arc<Wake>,
+        listener: Option<TcpListener>,
+    ) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let device = device::open();
+        let add = |fd: &dyn AsFd, data, flags| epoll::add(&epoll, fd.as_fd(), epoll::EventData::new_u64(data), flags);
+        add(&wake.event, WAKE, epoll::EventFlags::IN)?;
+        if let Some(fd) = device.wait_fd() {
+            // Edge-triggered: the counter is never read.
+            add(&fd, DEVICE, epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+        }
+        if let Some(listener) = &listener {
+            listener.set_nonblocking(true)?;
+            add(listener, LISTENER, epoll::EventFlags::IN)?;
+        }
+        Ok(Self {
+            index,
+            shared,
+            inbox,
+            wake,
+            listener,
+            epoll,
+            device,
+            connections: slab::Slab::new(),
+            volumes: slab::Slab::new(),
+            controllers: HashMap::new(),
+            next_controller: 1,
+            buffers: Buffers::default(),
+            scratch: vec![0; SCRATCH],
+            touched: Vec::new(),
+            finished: Vec::new(),
+            ended: Vec::new(),
+            start: Instant::now(),
+            now: Duration::ZERO,
+            next_scan: SCAN,
+            stopping: false,
+        })
+    }
+
+    /// Runs until it is told to stop.
+    pub fn run(mut self) {
+        let mut events = Vec::with_capacity(MAX_EVENTS);
+        while !self.stopping {
+            let timeout = self.timeout().map(|wait| Timespec {
+                tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: wait.subsec_nanos().into(),
+            });
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "waiting for events");
+                    return;
+                }
+            }
+            self.now = self.start.elapsed();
+            count(&self.shared.counting.turns, 1);
+            for event in &events {
+                match event.data.u64() {
+                    WAKE => self.wake.clear(),
+                    DEVICE => {}
+                    LISTENER => self.accept(),
+                    key => self.receive(crate::bytes::narrow(key)),
+                }
+            }
+            self.messages();
+            self.scan();
+            self.work();
+        }
+    }
+
+    /// How long the next turn may sleep.
+    fn timeout(&mut self) -> Option<Duration> {
+        let now = self.start.elapsed();
+        let scan = (!self.connections.is_empty()).then(|| self.next_scan.saturating_sub(now));
+        let limits = self.volumes.iter_mut().filter_map(|(_, served)| {
+            let (_, _, cost) = served.throttled.front()?;
+            Some(served.qos.wait(now, *cost))
+        });
+        limits.min().into_iter().chain(scan).min()
+    }
+
+    /// Executes, does I/O and answers until there is nothing left to do without waiting.
+    fn work(&mut self) {
+        self.release_throttled();
+        loop {
+            let touched = std::mem::take(&mut self.touched);
+            for key in &touched {
+                self.execute_ready(*key);
+            }
+            self.input_output();
+            for key in touched.into_iter().chain(std::mem::take(&mut self.touched)) {
+                self.send(key);
+            }
+            if self.touched.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Starts the batch and takes everything that has ended by then.
+    fn input_output(&mut self) {
+        loop {
+            self.device.kick();
+            let mut finished = std::mem::take(&mut self.finished);
+            self.device.reap(&mut finished);
+            for one in finished.drain(..) {
+                let volume = usize::try_from(one.token >> 32).unwrap_or(usize::MAX);
+                if let Some(served) = self.volumes.get_mut(volume) {
+                    served.volume.complete(&mut *self.device, one);
+                    self.ended.extend(served.volume.finished());
+                    if served.volume.has_failed() && !served.failure_marked {
+                        served.failure_marked = true;
+                        tracing::error!(volume = served.spec.id, "flush failed: the volume takes no more writes");
+                        if let Err(error) = store::mark_failed(&served.folder) {
+                            tracing::error!(volume = served.spec.id, %error, "the failure could not be recorded");
+                        }
+                    }
+                    if !served.drains.is_empty() {
+                        self.finish_ended();
+                        self.drain(volume);
+                    }
+                }
+            }
+            self.finished = finished;
+            if self.ended.is_empty() {
+                return;
+            }
+            self.finish_ended();
+        }
+    }
+
+    fn finish_ended(&mut self) {
+        let mut ended = std::mem::take(&mut self.ended);
+        for completion in ended.drain(..) {
+            self.finish(completion);
+        }
+        self.ended = ended;
+    }
+
+    /// Answers a command whose requests have all ended.
+    fn finish(&mut self, completion: Completion) {
+        let Completion { tag, result, buffer } = completion;
+        let (key, slot) = untag(tag);
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        connection.executing = connection.executing.saturating_sub(1);
+        if connection.dead {
+            self.buffers.give(buffer);
+            if connection.executing == 0 {
+                self.bury(key);
+            }
+            return;
+        }
+        let Some(command) = connection.command_mut(slot) else { return };
+        command.parts = command.parts.saturating_sub(1);
+        if let Err(error) = result {
+            tracing::debug!(error = &error as &dyn std::error::Error, "request failed");
+            command.error.get_or_insert(status_of(&error));
+        }
+        if command.parts > 0 {
+            return;
+        }
+        let (error, len, sqe) = (command.error, command.len, command.sqe);
+        let counting = &self.shared.counting;
+        let traffic = connection.queue.and_then(|queue| queue.volume).and_then(|volume| {
+            self.volumes.get_mut(crate::bytes::narrow(volume.into())).map(|served| &mut served.traffic)
+        });
+        let bytes = crate::bytes::wide(len);
+        match (error, sqe.opcode(), traffic) {
+            (None, opcode::READ, Some(traffic)) => {
+                traffic.reads += 1;
+                traffic.read_bytes += bytes;
+                count(&counting.reads, 1);
+                count(&counting.read_bytes, bytes);
+            }
+            (None, opcode::WRITE, Some(traffic)) => {
+                traffic.writes += 1;
+                traffic.write_bytes += bytes;
+                count(&counting.writes, 1);
+                count(&counting.write_bytes, bytes);
+            }
+            (None, opcode::FLUSH, _) => count(&counting.flushes, 1),
+            (None, _, _) => count(&counting.zeroes, 1),
+            (Some(_), _, _) => count(&counting.commands_failed, 1),
+        }
+        match error {
+            None if sqe.opcode() == opcode::READ => connection.respond_data(slot, buffer, len),
+            error => {
+                self.buffers.give(buffer);
+                let kept = connection.respond(slot, error.unwrap_or(NvmeStatus::SUCCESS), 0);
+                self.buffers.give(kept);
+            }
+        }
+        self.touched.push(key);
+    }
+
+    fn accept(&mut self) {
+        loop {
+            let stream = match self.listener.as_ref().map(TcpListener::accept) {
+                Some(Ok((stream, _))) => stream,
+                Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Some(Err(error)) => {
+                    // Out of descriptors, or a connection that was gone at once: the next event tries again.
+                    tracing::warn!(%error, "accept");
+                    return;
+                }
+                None => return,
+            };
+            let strangers = self.connections.iter().filter(|(_, one)| one.queue.is_none() && !one.dead).count();
+            if strangers >= MAX_STRANGERS {
+                count(&self.shared.counting.connections_over_limit, 1);
+                continue;
+            }
+            count(&self.shared.counting.connections_accepted, 1);
+            if let Err(error) = self.take_in(stream) {
+                tracing::warn!(%error, "connection not taken in");
+            }
+        }
+    }
+
+    fn take_in(&mut self, stream: TcpStream) -> io::Result<()> {
+        let connection = Connection::new(stream, self.now)?;
+        self.register(Box::new(connection)).map(drop)
+    }
+
+    fn register(&mut self, connection: Box<Connection>) -> io::Result<usize> {
+        let entry = self.connections.vacant_entry();
+        let key = entry.key();
+        let data = epoll::EventData::new_u64(crate::bytes::wide(key));
+        epoll::add(&self.epoll, connection.stream(), data, epoll::EventFlags::IN)?;
+        entry.insert(connection);
+        Ok(key)
+    }
+
+    fn receive(&mut self, key: usize) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        if connection.dead {
+            return;
+        }
+        let received = connection.receive(&mut self.scratch, &mut self.buffers, &self.shared.counting, self.now);
+        match received {
+            Received::Open => self.touched.push(key),
+            Received::Closed => self.kill(key),
+        }
+    }
+
+    fn send(&mut self, key: usize) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        if connection.dead {
+            return;
+        }
+        if connection.has_output() && connection.send(&mut self.buffers) == Received::Closed {
+            return self.kill(key);
+        }
+        if connection.has_ready() {
+            self.touched.push(key);
+        }
+        if connection.has_output() != connection.waits_for_room {
+            connection.waits_for_room = connection.has_output();
+            let out = if connection.waits_for_room { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+            let data = epoll::EventData::new_u64(crate::bytes::wide(key));
+            let _ = epoll::modify(&self.epoll, connection.stream(), data, epoll::EventFlags::IN | out);
+        }
+    }
+
+    fn execute_ready(&mut self, key: usize) {
+        while let Some(connection) = self.connections.get_mut(key) {
+            if connection.dead {
+                return;
+            }
+            let Some(slot) = connection.next_ready() else { return };
+            match connection.queue {
+                None => self.connect(key, slot),
+                Some(queue) if queue.id == 0 => self.admin(key, slot, queue),
+                Some(queue) => self.execute(key, slot, queue),
+            }
+        }
+    }
+
+    /// Executes a command of an I/O queue.
+    fn execute(&mut self, key: usize, slot: usize, queue: Queue) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        let enabled = self.controllers.get_mut(&queue.controller).is_some_and(|controller| {
+            controller.seen(self.now);
+            controller.is_enabled()
+        });
+        let volume = crate::bytes::narrow(queue.volume.unwrap_or(u32::MAX).into());
+        let (Some(served), Some(command)) = (self.volumes.get_mut(volume), connection.command_mut(slot)) else {
+            return self.answer(key, slot, NvmeStatus::NOT_READY, 0);
+        };
+        if !enabled {
+            return self.answer(key, slot, NvmeStatus::SEQUENCE.dnr(), 0);
+        }
+        let sqe = command.sqe;
+        if sqe.opcode() == opcode::FABRICS {
+            // Disconnect of an I/O queue: answered, then closed by the host.
+            return self.answer(key, slot, NvmeStatus::SUCCESS, 0);
+        }
+        match requests(&sqe, &mut command.buffer, command.len, served.volume.size()) {
+            Err(status) => self.answer(key, slot, status.dnr(), 0),
+            Ok(Work::Nothing) => self.answer(key, slot, NvmeStatus::SUCCESS, 0),
+            Ok(Work::One(request, cost)) => {
+                command.parts = 1;
+                connection.executing += 1;
+                self.request(volume, tag(key, slot), request, cost);
+            }
+            Ok(Work::Many(requests)) => {
+                command.parts = requests.len();
+                connection.executing += requests.len();
+                for request in requests {
+                    self.request(volume, tag(key, slot), request, Cost::of_command());
+                }
+            }
+        }
+    }
+
+    /// Gives the volume a request, or keeps it until the limits let it through.
+    fn request(&mut self, volume: usize, tag: u64, request: Request, cost: Cost) {
+        let Some(served) = self.volumes.get_mut(volume) else { return };
+        let free = matches!(request, Request::Flush);
+        if !free && (!served.throttled.is_empty() || served.qos.admit(self.now, cost).is_err()) {
+            count(&self.shared.counting.throttled, 1);
+            served.throttled.push_back((tag, request, cost));
+            return;
+        }
+        served.volume.submit(&mut *self.device, tag, request);
+        self.ended.extend(served.volume.finished());
+    }
+
+    fn release_throttled(&mut self) {
+        for (_, served) in &mut self.volumes {
+            while let Some((_, _, cost)) = served.throttled.front() {
+                if served.qos.admit(self.now, *cost).is_err() {
+                    break;
+                }
+                if let Some((tag, request, _)) = served.throttled.pop_front() {
+                    served.volume.submit(&mut *self.device, tag, request);
+                }
+            }
+            self.ended.extend(served.volume.finished());
+        }
+    }
+
+    fn answer(&mut self, key: usize, slot: usize, status: NvmeStatus, dw0: u64) {
+        if status != NvmeStatus::SUCCESS {
+            count(&self.shared.counting.commands_failed, 1);
+        }
+        if let Some(connection) = self.connections.get_mut(key) {
+            let buffer = connection.respond(slot, status, dw0);
+            self.buffers.give(buffer);
+            self.touched.push(key);
+        }
+    }
+
+    /// Executes a command of an admin queue.
+    fn admin(&mut self, key: usize, slot: usize, queue: Queue) {
+        let Some(command) = self.connections.get_mut(key).and_then(|connection| connection.command_mut(slot)) else {
+            return;
+        };
+        let (sqe, len) = (command.sqe, command.len);
+        let served = queue.volume.and_then(|volume| self.volumes.get(crate::bytes::narrow(volume.into())));
+        let Some(controller) = self.controllers.get_mut(&queue.controller) else { return };
+        controller.seen(self.now);
+        let (shared, host) = (&self.shared, controller.host.nqn.clone());
+        let facts = Facts {
+            volume: served.map(|served| (served.spec.id.as_str(), served.volume.size())),
+            traffic: served.map(|served| served.traffic).unwrap_or_default(),
+            discovery_log: &|| discovery_log(shared, &host),
+            now: self.now,
+        };
+        match controller.admin(slot, &sqe, &facts) {
+            Answer::Value(dw0) => self.answer(key, slot, NvmeStatus::SUCCESS, dw0),
+            Answer::Fail(status) => self.answer(key, slot, status.dnr(), 0),
+            Answer::Held => self.events(queue.controller),
+            Answer::Data(mut page) => {
+                page.resize(len, 0);
+                if let Some(connection) = self.connections.get_mut(key) {
+                    connection.respond_data(slot, page, len);
+                    self.touched.push(key);
+                }
+            }
+            Answer::Reset => {
+                let io = std::mem::take(&mut controller.io);
+                let held = std::mem::take(&mut controller.event_requests);
+                for (_, connection) in io {
+                    self.kill(connection);
+                }
+                for held in held {
+                    self.answer(key, held, NvmeStatus::ABORTED_SQ_DELETION, 0);
+                }
+                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
+            }
+        }
+        // The log was read, or events were asked for: the next one may go.
+        self.events(queue.controller);
+    }
+
+    /// Sends an event if there is one and a request for it.
+    fn events(&mut self, controller: u16) {
+        let Some(controller) = self.controllers.get_mut(&controller) else { return };
+        if let Some((slot, dw0)) = controller.next_event() {
+            let key = controller.admin;
+            self.answer(key, slot, NvmeStatus::SUCCESS, dw0);
+        }
+    }
+
+    /// Executes the Connect of a new connection.
+    fn connect(&mut self, key: usize, slot: usize) {
+        let Some(command) = self.connections.get_mut(key).and_then(|connection| connection.command_mut(slot)) else {
+            return;
+        };
+        let sqe = command.sqe;
+        let data = match ConnectData::decode(command.buffer.get(..command.len).unwrap_or_default()) {
+            Ok(data) => data,
+            Err(at) => return self.refuse(key, slot, Refusal::data(at)),
+        };
+        if sqe.u16_at(40) != 0 {
+            return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_FORMAT));
+        }
+        let (id, entries) = (sqe.u16_at(42), sqe.u16_at(44));
+        if entries == 0 || entries >= MAX_QUEUE {
+            return self.refuse(key, slot, Refusal::entry(44));
+        }
+        let size = entries + 1;
+        let volume = if data.subsystem_nqn == DISCOVERY_NQN {
+            None
+        } else {
+            let place = nvme::volume_of_nqn(&data.subsystem_nqn).and_then(|id| self.shared.places().get(id).cloned());
+            let Some(place) = place else { return self.refuse(key, slot, Refusal::data(ConnectData::SUBSYSTEM_AT)) };
+            if place.shard != self.index {
+                return self.hand_over(key, slot, place.shard);
+            }
+            let found = self.volumes.iter().find(|(_, served)| nvme::volume_nqn(&served.spec.id) == data.subsystem_nqn);
+            let Some((volume, served)) = found else {
+                return self.refuse(key, slot, Refusal::data(ConnectData::SUBSYSTEM_AT));
+            };
+            if served.spec.initiator_nqn.as_ref() != Some(&data.host_nqn) {
+                tracing::warn!(volume = served.spec.id, host = data.host_nqn, "host refused");
+                count(&self.shared.counting.hosts_refused, 1);
+                return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_HOST));
+            }
+            Some(volume)
+        };
+        let host = Host { nqn: data.host_nqn, id: data.host_id };
+        let volume_key = volume.map(|volume| u32::try_from(volume).unwrap_or(u32::MAX));
+        let flow_control_off = sqe.dword(11) >> 16 & 1 << 2 != 0;
+        let queue = |controller| Queue::new(controller, volume_key, id, size, flow_control_off);
+        if id > 0 {
+            return match self.connect_io(key, id, &data.controller, volume_key, &host) {
+                Ok(()) => self.connected(key, slot, queue(data.controller)),
+                Err(refusal) => self.refuse(key, slot, refusal),
+            };
+        }
+        if data.controller != 0xffff {
+            return self.refuse(key, slot, Refusal::data(ConnectData::CONTROLLER_AT));
+        }
+        if let Some(volume) = volume {
+            self.cut(volume, None);
+            if let Some(served) = self.volumes.get_mut(volume)
+                && has_zombies(&self.connections, volume)
+            {
+                served.drains.push(Drain::Connect { connection: key, slot });
+                return;
+            }
+        }
+        let keep_alive = Duration::from_millis(sqe.dword(12).into());
+        let Some(controller) = self.controller_id() else {
+            return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_BUSY));
+        };
+        let new = Controller::new(controller, volume_key, host, key, keep_alive, self.now);
+        tracing::info!(controller, subsystem = data.subsystem_nqn, host = new.host.nqn, "host connected");
+        self.controllers.insert(controller, new);
+        self.connected(key, slot, queue(controller));
+    }
+
+    fn connect_io(
+        &mut self,
+        key: usize,
+        id: u16,
+        controller: &u16,
+        volume: Option<u32>,
+        host: &Host,
+    ) -> Result<(), Refusal> {
+        let Some(controller) = self.controllers.get_mut(controller).filter(|found| found.volume == volume) else {
+            return Err(Refusal::data(ConnectData::CONTROLLER_AT));
+        };
+        if volume.is_none() || id > MAX_IO_QUEUES {
+            return Err(Refusal::entry(42));
+        }
+        if controller.host != *host {
+            count(&self.shared.counting.hosts_refused, 1);
+            return Err(Refusal::because(NvmeStatus::CONNECT_HOST));
+        }
+        if !controller.is_enabled() || controller.io.iter().any(|(used, _)| *used == id) {
+            return Err(Refusal::because(NvmeStatus::SEQUENCE));
+        }
+        controller.io.push((id, key));
+        controller.seen(self.now);
+        Ok(())
+    }
+
+    fn connected(&mut self, key: usize, slot: usize, queue: Queue) {
+        if let Some(connection) = self.connections.get_mut(key) {
+            connection.queue = Some(queue);
+        }
+        self.answer(key, slot, NvmeStatus::SUCCESS, queue.controller.into());
+    }
+
+    fn refuse(&mut self, key: usize, slot: usize, refusal: Refusal) {
+        count(&self.shared.counting.connects_refused, 1);
+        let busy = refusal.status == NvmeStatus::CONNECT_BUSY;
+        self.answer(key, slot, if busy { refusal.status } else { refusal.status.dnr() }, refusal.dw0);
+        if let Some(connection) = self.connections.get_mut(key) {
+            connection.close_soon(self.now);
+        }
+    }
+
+    fn hand_over(&mut self, key: usize, slot: usize, shard: usize) {
+        let Some(connection) = self.connections.try_remove(key) else { return };
+        let _ = epoll::delete(&self.epoll, connection.stream());
+        self.shared.send(shard, Message::Adopt { connection, slot });
+    }
+
+    /// An identifier that no controller has, going round so that an old one is not soon used again.
+    fn controller_id(&mut self) -> Option<u16> {
+        for _ in 0..0xfff0_u16 {
+            let id = self.next_controller;
+            self.next_controller = if id >= 0xffef { 1 } else { id + 1 };
+            if !self.controllers.contains_key(&id) {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    fn messages(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            match message {
+                Message::Serve { opened, reply } => {
+                    self.serve(*opened);
+                    let _ = reply.send(());
+                }
+                Message::Update { spec, reply } => self.update(spec, reply),
+                Message::Remove { id, reply } => match self.volume_key(&id) {
+                    Some(volume) => {
+                        self.cut(volume, None);
+                        if let Some(served) = self.volumes.get_mut(volume) {
+                            served.drains.push(Drain::Remove(reply));
+                        }
+                        self.drain(volume);
+                    }
+                    None => drop(reply.send(())),
+                },
+                Message::Status { id, reply } => {
+                    let status = self.volume_key(&id).and_then(|volume| self.status(volume));
+                    let _ = reply.send(status);
+                }
+                Message::Adopt { connection, slot } => match self.register(connection) {
+                    Ok(key) => {
+                        self.connect(key, slot);
+                        self.touched.push(key);
+                    }
+                    Err(error) => tracing::warn!(%error, "connection not taken over"),
+                },
+                Message::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn volume_key(&self, id: &str) -> Option<usize> {
+        self.volumes.iter().find(|(_, served)| served.spec.id == id).map(|(key, _)| key)
+    }
+
+    fn serve(&mut self, opened: Opened) {
+        let Opened { spec, files, folder } = opened;
+        let data = self.device.attach(files.data);
+        let clone = files.clone.map(|clone| CloneFiles {
+            image: self.device.attach(clone.image),
+            image_bytes: clone.image_bytes,
+            present: self.device.attach(clone.present),
+            durable: self.device.attach(clone.durable),
+            marks: clone.marks,
+            durable_marks: clone.durable_marks,
+        });
+        let entry = self.volumes.vacant_entry();
+        let key = u32::try_from(entry.key()).unwrap_or(u32::MAX);
+        entry.insert(Served {
+            volume: Volume::new(key, spec.size_bytes, data, clone, files.failed),
+            qos: Qos::new(spec.iops, spec.throughput_mib_s, self.now),
+            spec,
+            folder,
+            throttled: VecDeque::new(),
+            traffic: Traffic::default(),
+            failure_marked: files.failed,
+            drains: Vec::new(),
+        });
+    }
+
+    fn update(&mut self, spec: VolumeSpec, reply: Sender<()>) {
+        let Some(volume) = self.volume_key(&spec.id) else {
+            let _ = reply.send(());
+            return;
+        };
+        self.cut(volume, spec.initiator_nqn.as_deref());
+        let Some(served) = self.volumes.get_mut(volume) else { return };
+        let grown = spec.size_bytes > served.spec.size_bytes;
+        served.volume.grow(spec.size_bytes);
+        if (spec.iops, spec.throughput_mib_s) != (served.spec.iops, served.spec.throughput_mib_s) {
+            served.qos = Qos::new(spec.iops, spec.throughput_mib_s, self.now);
+        }
+        served.spec = spec;
+        served.drains.push(Drain::Reply(reply));
+        self.drain(volume);
+        if grown {
+            let key = u32::try_from(volume).ok();
+            let told: Vec<u16> = self.controllers.values().filter(|one| one.volume == key).map(|one| one.id).collect();
+            for id in told {
+                if let Some(controller) = self.controllers.get_mut(&id) {
+                    controller.namespace_changed();
+                }
+                self.events(id);
+            }
+        }
+    }
+
+    fn status(&self, volume: usize) -> Option<VolumeStatus> {
+        let served = self.volumes.get(volume)?;
+        let key = u32::try_from(volume).ok();
+        Some(VolumeStatus {
+            spec: served.spec.clone(),
+            connected: self.controllers.values().any(|controller| controller.volume == key),
+            failed: served.volume.has_failed(),
+            allocated_bytes: 0,
+            reads: served.traffic.reads,
+            writes: served.traffic.writes,
+            read_bytes: served.traffic.read_bytes,
+            write_bytes: served.traffic.write_bytes,
+        })
+    }
+
+    /// Cuts every controller of a volume off, but for those of the host `keep`.
+    fn cut(&mut self, volume: usize, keep: Option<&str>) {
+        let key = u32::try_from(volume).ok();
+        let gone: Vec<usize> = self
+            .controllers
+            .values()
+            .filter(|controller| controller.volume == key && Some(controller.host.nqn.as_str()) != keep)
+            .map(|controller| controller.admin)
+            .collect();
+        for admin in gone {
+            count(&self.shared.counting.controllers_cut, 1);
+            self.kill(admin);
+        }
+    }
+
+    /// Closes a connection; with an admin queue goes its controller and all of its queues.
+    fn kill(&mut self, key: usize) {
+        let Some(connection) = self.connections.get_mut(key).filter(|connection| !connection.dead) else { return };
+        connection.dead = true;
+        let _ = epoll::delete(&self.epoll, connection.stream());
+        let _ = connection.stream().shutdown(std::net::Shutdown::Both);
+        let queue = connection.queue;
+        if let Some(served) = queue.and_then(|queue| self.volumes.get_mut(crate::bytes::narrow(queue.volume?.into()))) {
+            let before = served.throttled.len();
+            served.throttled.retain(|(tag, ..)| untag(*tag).0 != key);
+            connection.executing -= (before - served.throttled.len()).min(connection.executing);
+        }
+        if connection.executing == 0 {
+            self.bury(key);
+        }
+        let Some(queue) = queue else { return };
+        if queue.id > 0 {
+            if let Some(controller) = self.controllers.get_mut(&queue.controller) {
+                controller.io.retain(|(_, connection)| *connection != key);
+            }
+        } else if let Some(controller) = self.controllers.remove(&queue.controller) {
+            tracing::info!(controller = controller.id, host = controller.host.nqn, "host disconnected");
+            for (_, connection) in controller.io {
+                self.kill(connection);
+            }
+        }
+    }
+
+    /// Forgets a dead connection whose requests have ended.
+    fn bury(&mut self, key: usize) {
+        let Some(connection) = self.connections.try_remove(key) else { return };
+        if let Some(volume) = connection.queue.and_then(|queue| queue.volume) {
+            self.drain(crate::bytes::narrow(volume.into()));
+        }
+    }
+
+    /// Goes on with what waited for a volume's last requests, if they have ended.
+    fn drain(&mut self, volume: usize) {
+        let Some(served) = self.volumes.get_mut(volume) else { return };
+        if served.drains.is_empty() || has_zombies(&self.connections, volume) {
+            return;
+        }
+        let idle = served.volume.is_idle();
+        for drain in std::mem::take(&mut served.drains) {
+            match drain {
+                Drain::Connect { connection, slot } => {
+                    if self.connections.get(connection).is_some_and(|waiting| waiting.queue.is_none() && !waiting.dead) {
+                        self.connect(connection, slot);
+                    }
+                }
+                Drain::Reply(reply) => drop(reply.send(())),
+                Drain::Remove(reply) if idle => {
+                    if let Some(served) = self.volumes.try_remove(volume) {
+                        served.volume.files().into_iter().for_each(|file| self.device.detach(file));
+                    }
+                    let _ = reply.send(());
+                }
+                Drain::Remove(reply) => {
+                    if let Some(served) = self.volumes.get_mut(volume) {
+                        served.drains.push(Drain::Remove(reply));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks at the timers.
+    fn scan(&mut self) {
+        if self.now < self.next_scan {
+            return;
+        }
+        self.next_scan = self.now + SCAN;
+        let late: Vec<usize> = self
+            .connections
+            .iter()
+            .filter(|(_, one)| !one.dead && one.queue.is_none() && one.since + STRANGER_TIMEOUT < self.now)
+            .map(|(key, _)| key)
+            .collect();
+        count(&self.shared.counting.connections_timed_out, crate::bytes::wide(late.len()));
+        let over = self.connections.iter().filter(|(_, one)| !one.dead && one.is_over(self.now)).map(|(key, _)| key);
+        let over: Vec<usize> = over.chain(late).collect();
+        let expired: Vec<usize> =
+            self.controllers.values().filter(|one| one.is_expired(self.now)).map(|one| one.admin).collect();
+        count(&self.shared.counting.keep_alive_expired, crate::bytes::wide(expired.len()));
+        for key in over.into_iter().chain(expired) {
+            self.kill(key);
+        }
+    }
+}
+
+/// Why a Connect is refused: a status, and for bad parameters where they stand.
+struct Refusal {
+    status: NvmeStatus,
+    dw0: u64,
+}
+
+impl Refusal {
+    fn because(status: NvmeStatus) -> Self {
+        Self { status, dw0: 0 }
+    }
+
+    /// A field of the Connect data.
+    fn data(at: u16) -> Self {
+        Self { status: NvmeStatus::CONNECT_INVALID, dw0: u64::from(at) | 1 << 16 }
+    }
+
+    /// A field of the submission queue entry.
+    fn entry(at: u16) -> Self {
+        Self { status: NvmeStatus::CONNECT_INVALID, dw0: at.into() }
+    }
+}
+
+fn has_zombies(connections: &slab::Slab<Box<Connection>>, volume: usize) -> bool {
+    let key = u32::try_from(volume).ok();
+    connections.iter().any(|(_, one)| one.dead && one.queue.is_some_and(|queue| queue.volume == key))
+}
+
+fn tag(connection: usize, slot: usize) -> u64 {
+    crate::bytes::wide(connection) << 32 | crate::bytes::wide(slot)
+}
+
+fn untag(tag: u64) -> (usize, usize) {
+    (crate::bytes::narrow(tag >> 32), crate::bytes::narrow(tag & 0xffff_ffff))
+}
+
+fn status_of(error: &VolumeError) -> NvmeStatus {
+    match error {
+        VolumeError::OutOfRange { .. } => NvmeStatus::LBA_RANGE.dnr(),
+        VolumeError::Write(source) if source.kind() == io::ErrorKind::StorageFull => NvmeStatus::CAPACITY.dnr(),
+        VolumeError::Failed | VolumeError::Write(_) | VolumeError::Flush(_) => NvmeStatus::WRITE_FAULT.dnr(),
+        VolumeError::Read(_) => NvmeStatus::READ_ERROR.dnr(),
+    }
+}
+
+/// What an I/O command asks of the volume.
+enum Work {
+    Nothing,
+    One(Request, Cost),
+    /// Dataset Management with several ranges.
+    Many(Vec<Request>),
+}
+
+fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Result<Work, NvmeStatus> {
+    let flush = sqe.opcode() == opcode::FLUSH;
+    if sqe.nsid() != NSID && !(flush && sqe.nsid() == NSID_ALL) {
+        return Err(NvmeStatus::INVALID_NAMESPACE);
+    }
+    let range = |lba: u64, blocks: u64| {
+        let end = lba.checked_add(blocks).ok_or(NvmeStatus::LBA_RANGE)?;
+        if end > size / BLOCK { Err(NvmeStatus::LBA_RANGE) } else { Ok((lba * BLOCK, blocks * BLOCK)) }
+    };
+    if sqe.opcode() == opcode::DATASET_MANAGEMENT {
+        // Hints about access are taken and change nothing; only Deallocate (bit 2) does.
+        let deallocate = sqe.dword(11) & 1 << 2 != 0;
+        let mut requests = Vec::new();
+        for entry in buffer.get(..data_len).unwrap_or_default().chunks_exact(16) {
+            let (offset, len) = range(crate::bytes::u64_at(entry, 8), crate::bytes::u32_at(entry, 4).into())?;
+            if deallocate && len > 0 {
+                requests.push(Request::Discard { offset, len });
+            }
+        }
+        return Ok(if requests.is_empty() { Work::Nothing } else { Work::Many(requests) });
+    }
+    if flush {
+        return Ok(Work::One(Request::Flush, Cost::of_command()));
+    }
+    let (offset, len) = range(sqe.lba(), sqe.blocks())?;
+    let (request, cost) = match sqe.opcode() {
+        opcode::READ => (Request::Read { offset, len, buffer: std::mem::take(buffer) }, Cost::of_transfer(len)),
+        opcode::WRITE => {
+            (Request::Write { offset, len, buffer: std::mem::take(buffer), fua: sqe.fua() }, Cost::of_transfer(len))
+        }
+        _ => (Request::Zeroes { offset, len, fua: sqe.fua() }, Cost::of_command()),
+    };
+    Ok(Work::One(request, cost))
+}
+
+fn discovery_log(shared: &Shared, host: &str) -> Vec<u8> {
+    let entries: Vec<DiscoveryEntry> = shared
+        .places()
+        .iter()
+        .filter(|(_, place)| place.initiator_nqn.as_deref() == Some(host))
+        .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address: shared.address })
+        .collect();
+    nvme::discovery_log(shared.generation(), &entries)
+}
