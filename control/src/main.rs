@@ -80,7 +80,8 @@ async fn serve(settings: &Settings, world: Arc<World>) -> Result<()> {
     };
     let operator = tokio::spawn(admin::serve(operator, api.clone(), wait(stopped.clone())));
     let tenants = tokio::spawn(server::serve(listener, api.router(), wait(stopped)));
-    let mut reconciler = tokio::spawn(reconcile::run(world, inputs, move |card, operation| cards.send(&card, operation)));
+    let mut reconciler = tokio::spawn(reconcile::run(world.clone(), inputs, move |card, operation| cards.send(&card, operation)));
+    let images = tokio::spawn(image::watch_folder(world.clone(), settings.images_dir.clone()));
     tracing::info!(listen = %settings.listen, region = settings.region, epoch, "ready");
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
@@ -97,6 +98,7 @@ async fn serve(settings: &Settings, world: Arc<World>) -> Result<()> {
     tenants.await.context("the tenants' listener")?;
     operator.await.context("the operator's listener")?.context("the operator's socket")?;
     reconciler.abort();
+    images.abort();
     Ok(())
 }
 

@@ -91,7 +91,7 @@ fn guests_of_one_vpc_reach_each_other_over_vxlan_and_nobody_else_does() {
         ("IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0"),
     ];
     let _ = region.call("AuthorizeSecurityGroupIngress", &open);
-    let _ = region.ssh(&second, "nohup sh -c 'nc -l -p 9000 | sha256sum >/tmp/sum' >/dev/null 2>&1 &");
+    let _ = region.ssh(&second, "setsid sh -c 'nc -l -p 9000 | sha256sum >/tmp/sum' >/dev/null 2>&1 &");
     std::thread::sleep(std::time::Duration::from_secs(1));
     let sent = region.ssh(
         &first,
@@ -133,7 +133,7 @@ fn spoofs_are_dropped_and_counted(region: &Region, first: &Instance, second: &In
     );
     let mut detached = region.ssh_command(first);
     let output = detached
-        .arg(format!("nohup sh -c \"{}\" >/tmp/log 2>&1 & sleep 4; cat /tmp/forged", command.replace('"', "\\\"").replace('$', "\\$")))
+        .arg(format!("setsid sh -c \"{}\" >/tmp/log 2>&1 & sleep 4; cat /tmp/forged", command.replace('"', "\\\"").replace('$', "\\$")))
         .output()
         .expect("ssh");
     assert!(!String::from_utf8_lossy(&output.stdout).contains("bytes from"), "a forged MAC address got an answer");

@@ -43,7 +43,7 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 /// Bytes of a sector: what virtio-blk counts in, and a block of the volume.
 const SECTOR: u64 = 512;
 /// Rings that a guest may use, one per vCPU in most guests.
-const RINGS: usize = 16;
+const RINGS: u16 = 16;
 const RING_SIZE: usize = 256;
 /// Descriptors of data in one request.
 const SEGMENTS: u32 = 126;
@@ -96,12 +96,7 @@ impl DiskServer {
     ///
     /// # Errors
     /// When the socket cannot be made, or no more threads can.
-    pub fn start(
-        socket: PathBuf,
-        initiator: InitiatorSettings,
-        serial: String,
-        size_bytes: u64,
-    ) -> io::Result<Self> {
+    pub fn start(socket: PathBuf, initiator: InitiatorSettings, serial: String, size_bytes: u64) -> io::Result<Self> {
         remove(&socket)?;
         let listener = UnixListener::bind(&socket)?;
         listener.set_nonblocking(true)?;
@@ -279,12 +274,7 @@ impl Disk {
         }
     }
 
-    fn run(
-        &self,
-        machine: &Arc<Machine>,
-        memory: Memory,
-        listener: &mut Listener,
-    ) -> Result<(), vhost_user_backend::Error> {
+    fn run(&self, machine: &Arc<Machine>, memory: Memory, listener: &mut Listener) -> Result<(), vhost_user_backend::Error> {
         let mut daemon = VhostUserDaemon::new("disk-vhost".into(), Arc::clone(machine), memory)?;
         daemon.start(listener)?;
         self.counting.connections.fetch_add(1, Ordering::Relaxed);
@@ -351,7 +341,7 @@ impl Disk {
         put(24, &[3]); // a physical block is 2^3 logical ones
         put(26, &8_u16.to_le_bytes()); // smallest and best I/O, in logical blocks
         put(28, &8_u32.to_le_bytes());
-        put(34, &(RINGS as u16).to_le_bytes());
+        put(34, &RINGS.to_le_bytes());
         put(36, &RANGE_SECTORS.to_le_bytes()); // discard
         put(40, &RANGE_SEGMENTS.to_le_bytes());
         put(44, &128_u32.to_le_bytes()); // where discarding gives room back: 64 KiB
@@ -442,13 +432,7 @@ impl Machine {
         }
     }
 
-    fn start(
-        self: &Arc<Self>,
-        index: usize,
-        ring: &mut Ring,
-        chain: Chain,
-        commands: &mut Vec<(Command, CommandEnd)>,
-    ) {
+    fn start(self: &Arc<Self>, index: usize, ring: &mut Ring, chain: Chain, commands: &mut Vec<(Command, CommandEnd)>) {
         let head = chain.head_index();
         let memory = self.memory.memory();
         let mut request = Request { head, writable: Vec::new(), status_at: None, status: 0, data: Vec::new(), left: 0 };
@@ -473,7 +457,7 @@ impl Machine {
                     let end = move |result| {
                         machine.ended(index, generation, sequence, part, result);
                         if let Some(machine) = machine.disk.ended(epoch, bytes) {
-                            (0..RINGS).for_each(|index| machine.process(index));
+                            (0..machine.rings.len()).for_each(|index| machine.process(index));
                         }
                     };
                     commands.push((command, Box::new(end)));
@@ -598,7 +582,7 @@ impl VhostUserBackend for Machine {
     type Vring = VringMutex;
 
     fn num_queues(&self) -> usize {
-        RINGS
+        RINGS.into()
     }
 
     fn max_queue_size(&self) -> usize {
@@ -728,12 +712,11 @@ fn work(disk: &Disk, memory: &GuestMemoryMmap, readable: &Segments, writable: &S
     let range = |sector: u64, bytes: usize| {
         let bytes = bytes as u64;
         let end = sector.checked_add(bytes / SECTOR);
-        let good = bytes > 0 && bytes % SECTOR == 0 && end.is_some_and(|end| end <= disk.sectors);
+        let good = bytes > 0 && bytes.is_multiple_of(SECTOR) && end.is_some_and(|end| end <= disk.sectors);
         if good && bytes <= REQUEST_MAX as u64 { Ok(()) } else { Err(Refused::Range) }
     };
-    let parts = |sector: u64, bytes: usize| {
-        (0..bytes).step_by(PART).map(move |at| (Lba(sector + at as u64 / SECTOR), at, PART.min(bytes - at)))
-    };
+    let parts =
+        |sector: u64, bytes: usize| (0..bytes).step_by(PART).map(move |at| (Lba(sector + at as u64 / SECTOR), at, PART.min(bytes - at)));
     let sector = u64_at(&header, 8);
     match u32_at(&header, 0) {
         blk::VIRTIO_BLK_T_IN => {
@@ -749,7 +732,7 @@ fn work(disk: &Disk, memory: &GuestMemoryMmap, readable: &Segments, writable: &S
         blk::VIRTIO_BLK_T_FLUSH => Ok(Work::Commands(vec![Command::Flush])),
         blk::VIRTIO_BLK_T_GET_ID => Ok(Work::Answer(disk.serial.get(..wanted.min(20)).unwrap_or_default().to_vec())),
         kind @ (blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES) => {
-            if given == 0 || given % 16 != 0 || given / 16 > RANGE_SEGMENTS as usize {
+            if given == 0 || !given.is_multiple_of(16) || given / 16 > RANGE_SEGMENTS as usize {
                 return Err(Refused::Range);
             }
             let mut commands = Vec::new();

@@ -74,7 +74,9 @@ pub(crate) struct Command {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CommandState {
     /// Waits until the connection may hold its data.
-    Waiting { reads: bool },
+    Waiting {
+        reads: bool,
+    },
     /// R2T was sent.
     Transferring,
     Ready,
@@ -97,8 +99,15 @@ struct Receiving {
 #[derive(Debug)]
 enum Piece {
     /// A range of `heads`, from its start of all time.
-    Head { start: usize, len: usize },
-    Data { buffer: Vec<u8>, len: usize, held: usize },
+    Head {
+        start: usize,
+        len: usize,
+    },
+    Data {
+        buffer: Vec<u8>,
+        len: usize,
+        held: usize,
+    },
 }
 
 /// The connection.
@@ -408,13 +417,8 @@ impl Connection {
         if len == 0 || len > command.len - command.received {
             return Err(Fatal { fes: FatalStatus::DataRange, fei: 16 });
         }
-        self.receiving = Some(Receiving {
-            slot,
-            remaining: len,
-            at: command.received,
-            start: command.received,
-            digest: digest.then(Vec::new),
-        });
+        self.receiving =
+            Some(Receiving { slot, remaining: len, at: command.received, start: command.received, digest: digest.then(Vec::new) });
         Ok(())
     }
 

@@ -7,8 +7,8 @@
 
 use crate::connection::Transfer;
 use crate::nvme::{
-    self, BLOCK, ControllerIdentity, DISCOVERY_NQN, MAX_EVENT_REQUESTS, MAX_IO_QUEUES, MAX_TRANSFER, NSID, NSID_ALL,
-    NvmeStatus, Sqe, fabrics, opcode, property,
+    self, BLOCK, ControllerIdentity, DISCOVERY_NQN, MAX_EVENT_REQUESTS, MAX_IO_QUEUES, MAX_TRANSFER, NSID, NSID_ALL, NvmeStatus, Sqe,
+    fabrics, opcode, property,
 };
 use std::time::Duration;
 
@@ -70,11 +70,9 @@ pub(crate) fn transfer(queue: Option<&Queue>, sqe: &Sqe) -> Result<Transfer, Nvm
             opcode::IDENTIFY => Ok(Transfer::ToHost(4096)),
             opcode::GET_LOG_PAGE => Ok(Transfer::ToHost(limited((log_dwords(sqe) + 1) * 4)?)),
             opcode::GET_FEATURES if sqe.dword(10) & 0xff == 0x81 => Ok(Transfer::ToHost(16)),
-            opcode::GET_FEATURES
-            | opcode::SET_FEATURES
-            | opcode::ABORT
-            | opcode::ASYNC_EVENT_REQUEST
-            | opcode::KEEP_ALIVE => Ok(Transfer::None),
+            opcode::GET_FEATURES | opcode::SET_FEATURES | opcode::ABORT | opcode::ASYNC_EVENT_REQUEST | opcode::KEEP_ALIVE => {
+                Ok(Transfer::None)
+            }
             _ => Err(NvmeStatus::INVALID_OPCODE),
         },
         Some(_) => match sqe.opcode() {
@@ -219,9 +217,7 @@ impl Controller {
             opcode::GET_LOG_PAGE => self.log_page(sqe, facts),
             opcode::GET_FEATURES => self.feature_get(sqe),
             opcode::SET_FEATURES => self.feature_set(sqe, facts.now),
-            opcode::ASYNC_EVENT_REQUEST if self.event_requests.len() >= MAX_EVENT_REQUESTS.into() => {
-                Answer::Fail(NvmeStatus::EVENT_LIMIT)
-            }
+            opcode::ASYNC_EVENT_REQUEST if self.event_requests.len() >= MAX_EVENT_REQUESTS.into() => Answer::Fail(NvmeStatus::EVENT_LIMIT),
             opcode::ASYNC_EVENT_REQUEST => {
                 self.event_requests.push(slot);
                 Answer::Held
@@ -239,9 +235,7 @@ impl Controller {
             (property::CAP, true) => Answer::Value(nvme::CAPABILITIES),
             (property::VS, false) => Answer::Value(nvme::VERSION.into()),
             (property::CC, false) => Answer::Value(self.configuration.into()),
-            (property::CSTS, false) => {
-                Answer::Value(u64::from(self.configuration & 1) | if self.shut_down { 2 << 2 } else { 0 })
-            }
+            (property::CSTS, false) => Answer::Value(u64::from(self.configuration & 1) | if self.shut_down { 2 << 2 } else { 0 }),
             _ => Answer::Fail(NvmeStatus::INVALID_FIELD),
         }
     }
@@ -393,12 +387,9 @@ fn health_log(traffic: Traffic) -> Vec<u8> {
     let mut page = vec![0; 512];
     crate::bytes::put(&mut page, 1, &300_u16.to_le_bytes()); // kelvin
     crate::bytes::put(&mut page, 3, &[100, 10]); // spare: percent available, threshold
-    for (at, value) in [
-        (32, traffic.read_bytes.div_ceil(512_000)),
-        (48, traffic.write_bytes.div_ceil(512_000)),
-        (64, traffic.reads),
-        (80, traffic.writes),
-    ] {
+    for (at, value) in
+        [(32, traffic.read_bytes.div_ceil(512_000)), (48, traffic.write_bytes.div_ceil(512_000)), (64, traffic.reads), (80, traffic.writes)]
+    {
         crate::bytes::put(&mut page, at, &value.to_le_bytes());
     }
     page

@@ -12,9 +12,7 @@
 //! [`Initiator::submit`] writes to the socket from the caller's thread; the initiator's thread reads, and runs
 //! completions. Both share [`Core`] under one lock, which no system call but a non-blocking write is made under.
 
-use crate::nvme::{
-    BLOCK, ConnectData, Cqe, MAX_QUEUE, MAX_TRANSFER, NSID, NvmeStatus, Sgl, Sqe, fabrics, opcode, property,
-};
+use crate::nvme::{BLOCK, ConnectData, Cqe, MAX_QUEUE, MAX_TRANSFER, NSID, NvmeStatus, Sgl, Sqe, fabrics, opcode, property};
 use crate::pdu::{self, Data, Digests, Head, Header, Side};
 use rustix::event::{Timespec, epoll};
 use std::collections::VecDeque;
@@ -302,13 +300,9 @@ impl Command {
         let whole = |len: u64| len > 0 && len <= MAX_TRANSFER && len.is_multiple_of(BLOCK);
         match self {
             Self::Read { lba, len } => whole(len.into()).then_some(Prepared::Read { lba, len }),
-            Self::Write { lba, data } => {
-                whole(crate::bytes::wide(data.len())).then(|| Prepared::Write { lba, data: Arc::new(data) })
-            }
+            Self::Write { lba, data } => whole(crate::bytes::wide(data.len())).then(|| Prepared::Write { lba, data: Arc::new(data) }),
             Self::Flush => Some(Prepared::Flush),
-            Self::WriteZeroes { lba, blocks } => {
-                (1..=65_536).contains(&blocks).then_some(Prepared::WriteZeroes { lba, blocks })
-            }
+            Self::WriteZeroes { lba, blocks } => (1..=65_536).contains(&blocks).then_some(Prepared::WriteZeroes { lba, blocks }),
             Self::Deallocate { lba, blocks } => {
                 let mut range = vec![0; 16];
                 crate::bytes::put(&mut range, 4, &blocks.to_le_bytes());
@@ -335,15 +329,11 @@ impl Prepared {
             (sqe.with_sgl(sgl), here.then(|| Arc::clone(data)))
         };
         match self {
-            Self::Read { lba, len } => {
-                (at(opcode::READ, *lba, u64::from(*len) / BLOCK).with_sgl(Sgl::Transport { len: *len }), None)
-            }
+            Self::Read { lba, len } => (at(opcode::READ, *lba, u64::from(*len) / BLOCK).with_sgl(Sgl::Transport { len: *len }), None),
             Self::Write { lba, data } => placed(at(opcode::WRITE, *lba, crate::bytes::wide(data.len()) / BLOCK), data),
             Self::Flush => (Sqe::new(opcode::FLUSH, cid, NSID), None),
             Self::WriteZeroes { lba, blocks } => (at(opcode::WRITE_ZEROES, *lba, (*blocks).into()), None),
-            Self::Deallocate { ranges } => {
-                placed(Sqe::new(opcode::DATASET_MANAGEMENT, cid, NSID).with(11, 1 << 2), ranges)
-            }
+            Self::Deallocate { ranges } => placed(Sqe::new(opcode::DATASET_MANAGEMENT, cid, NSID).with(11, 1 << 2), ranges),
         }
     }
 
@@ -604,10 +594,7 @@ impl Shared {
         let (mut spoke, mut asked) = (Instant::now(), false);
         loop {
             let timeout = KEEP_ALIVE_EVERY.saturating_sub(spoke.elapsed());
-            let timeout = Timespec {
-                tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX),
-                tv_nsec: timeout.subsec_nanos().into(),
-            };
+            let timeout = Timespec { tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: timeout.subsec_nanos().into() };
             events.clear();
             match epoll::wait(&*epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -714,12 +701,8 @@ impl Core {
 
     fn end(&mut self, cid: u16, status: NvmeStatus, ends: &mut Ends) -> Result<(), LinkError> {
         // These say that the command was not done and the next try may fare better.
-        const AGAIN: [NvmeStatus; 4] = [
-            NvmeStatus::NOT_READY,
-            NvmeStatus::TRANSIENT_TRANSPORT,
-            NvmeStatus::ABORTED_SQ_DELETION,
-            NvmeStatus::DATA_TRANSFER,
-        ];
+        const AGAIN: [NvmeStatus; 4] =
+            [NvmeStatus::NOT_READY, NvmeStatus::TRANSIENT_TRANSPORT, NvmeStatus::ABORTED_SQ_DELETION, NvmeStatus::DATA_TRANSFER];
         if AGAIN.iter().any(|again| status.is(*again)) {
             return Err(LinkError::Retry(status));
         }
@@ -779,14 +762,8 @@ impl Channel {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
         stream.set_write_timeout(Some(CONNECT_TIMEOUT))?;
-        let mut channel = Self {
-            stream: Arc::new(stream),
-            digests: Digests::default(),
-            align: 4,
-            max_h2c_data: 0,
-            input: Vec::new(),
-            incoming: None,
-        };
+        let mut channel =
+            Self { stream: Arc::new(stream), digests: Digests::default(), align: 4, max_h2c_data: 0, input: Vec::new(), incoming: None };
         let mut bytes = Vec::new();
         pdu::encode(&mut bytes, &Header::IcReq { pfv: 0, hpda: 0, digests, max_r2t: 0 }, 0, Digests::default(), 1);
         (&*channel.stream).write_all(&bytes)?;
@@ -869,11 +846,7 @@ impl Channel {
     }
 
     /// Hands every PDU on: headers when they are complete, data of C2HData as it comes.
-    fn decode(
-        &mut self,
-        bytes: &[u8],
-        mut handle: impl FnMut(&Header, &[u8]) -> Result<(), LinkError>,
-    ) -> Result<(), LinkError> {
+    fn decode(&mut self, bytes: &[u8], mut handle: impl FnMut(&Header, &[u8]) -> Result<(), LinkError>) -> Result<(), LinkError> {
         let mut rest = bytes;
         loop {
             if let Some(incoming) = &mut self.incoming {

@@ -292,12 +292,7 @@ impl Cqe {
     }
 
     pub fn decode(bytes: &[u8; 16]) -> Self {
-        Self {
-            dw0: u64_at(bytes, 0),
-            sq_head: u16_at(bytes, 8),
-            cid: u16_at(bytes, 12),
-            status: NvmeStatus(u16_at(bytes, 14) >> 1),
-        }
+        Self { dw0: u64_at(bytes, 0), sq_head: u16_at(bytes, 8), cid: u16_at(bytes, 12), status: NvmeStatus(u16_at(bytes, 14) >> 1) }
     }
 }
 
@@ -524,10 +519,7 @@ mod tests {
 
     #[test]
     fn discovery_entries_name_address_and_port() {
-        let page = discovery_log(
-            9,
-            &[DiscoveryEntry { subsystem_nqn: volume_nqn("vol-1"), address: "127.0.0.1:4420".parse().unwrap() }],
-        );
+        let page = discovery_log(9, &[DiscoveryEntry { subsystem_nqn: volume_nqn("vol-1"), address: "127.0.0.1:4420".parse().unwrap() }]);
         assert_eq!((page.len(), u64_at(&page, 0), u64_at(&page, 8)), (2048, 9, 1));
         assert_eq!(&page[1024..1028], [3, 1, 2, 2]);
         assert_eq!(&page[1024 + 32..1024 + 37], b"4420 ");

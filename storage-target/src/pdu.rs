@@ -219,12 +219,7 @@ pub fn decode(side: Side, bytes: &[u8], digests: Digests, initialized: bool) -> 
         0x03 => Header::C2hTerm { fes: u16_at(header, 8) },
         0x04 => Header::Command { sqe: array_at(header, 8) },
         0x05 => Header::Response { cqe: array_at(header, 8) },
-        0x09 => Header::R2t {
-            cid: u16_at(header, 8),
-            ttag: u16_at(header, 10),
-            offset: u32_at(header, 12),
-            len: u32_at(header, 16),
-        },
+        0x09 => Header::R2t { cid: u16_at(header, 8), ttag: u16_at(header, 10), offset: u32_at(header, 12), len: u32_at(header, 16) },
         _ => {
             let data = Data {
                 cid: u16_at(header, 8),
@@ -262,8 +257,7 @@ pub(crate) fn encode(out: &mut Vec<u8>, header: &Header, data_len: usize, digest
     let digests = if kind < 0x04 { Digests::default() } else { digests };
     let mut flags = if digests.header { FLAG_HDGST } else { 0 };
     match header {
-        Header::IcReq { pfv, hpda: align, digests, max_r2t: limit }
-        | Header::IcResp { pfv, cpda: align, digests, max_h2c_data: limit } => {
+        Header::IcReq { pfv, hpda: align, digests, max_r2t: limit } | Header::IcResp { pfv, cpda: align, digests, max_h2c_data: limit } => {
             put(&mut bytes, 8, &pfv.to_le_bytes());
             put(&mut bytes, 10, &[*align, digests.bits()]);
             put(&mut bytes, 12, &limit.to_le_bytes());
@@ -404,10 +398,9 @@ mod tests {
 
     #[test]
     fn commands_before_icreq_and_a_second_icreq_are_sequence_errors() {
-        for (header, initialized) in [
-            (Header::Command { sqe: [0; 64] }, false),
-            (Header::IcReq { pfv: 0, hpda: 0, digests: Digests::default(), max_r2t: 0 }, true),
-        ] {
+        for (header, initialized) in
+            [(Header::Command { sqe: [0; 64] }, false), (Header::IcReq { pfv: 0, hpda: 0, digests: Digests::default(), max_r2t: 0 }, true)]
+        {
             let mut bytes = Vec::new();
             encode(&mut bytes, &header, 0, Digests::default(), 1);
             let refused = decode(Side::Controller, &bytes, Digests::default(), initialized).unwrap_err();

@@ -42,19 +42,14 @@ impl Qos {
             let burst = (rate / BURST_PART).max(least);
             (rate > 0).then(|| (TokenBucket::new(rate, burst, now), burst))
         };
-        Self {
-            operations: bucket(iops.into(), 4),
-            bytes: bucket(u64::from(throughput_mib_s) << 20, crate::nvme::MAX_TRANSFER),
-        }
+        Self { operations: bucket(iops.into(), 4), bytes: bucket(u64::from(throughput_mib_s) << 20, crate::nvme::MAX_TRANSFER) }
     }
 
     /// How long a request has to wait.
     pub fn wait(&mut self, now: Duration, cost: Cost) -> Duration {
         let wait = |bucket: &mut Option<(TokenBucket, u64)>, tokens: u64| {
             // A request above the burst takes the whole burst, or it would never pass.
-            bucket.as_mut().map_or(Duration::ZERO, |(bucket, burst)| {
-                bucket.wait(now, tokens.min(*burst)).unwrap_or(Duration::ZERO)
-            })
+            bucket.as_mut().map_or(Duration::ZERO, |(bucket, burst)| bucket.wait(now, tokens.min(*burst)).unwrap_or(Duration::ZERO))
         };
         wait(&mut self.operations, cost.operations).max(wait(&mut self.bytes, cost.bytes))
     }

@@ -16,8 +16,7 @@ use crate::controller::{Answer, Controller, Facts, Host, Queue, Traffic};
 use crate::counters::count;
 use crate::io::{self as device, FileDevice, Finished};
 use crate::nvme::{
-    self, BLOCK, ConnectData, DISCOVERY_NQN, DiscoveryEntry, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus,
-    Sqe, opcode,
+    self, BLOCK, ConnectData, DISCOVERY_NQN, DiscoveryEntry, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus, Sqe, opcode,
 };
 use crate::qos::{Cost, Qos};
 use crate::store::{self, VolumeFiles};
@@ -58,10 +57,7 @@ pub(crate) struct Wake {
 
 impl Wake {
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
-            pending: AtomicBool::new(false),
-        })
+        Ok(Self { event: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?, pending: AtomicBool::new(false) })
     }
 
     pub fn wake(&self) {
@@ -87,12 +83,27 @@ pub(crate) struct Opened {
 /// What a shard is told. Replies come when it is done.
 #[derive(Debug)]
 pub(crate) enum Message {
-    Serve { opened: Box<Opened>, reply: Sender<()> },
-    Update { spec: VolumeSpec, reply: Sender<()> },
-    Remove { id: String, reply: Sender<()> },
-    Status { id: String, reply: Sender<Option<VolumeStatus>> },
+    Serve {
+        opened: Box<Opened>,
+        reply: Sender<()>,
+    },
+    Update {
+        spec: VolumeSpec,
+        reply: Sender<()>,
+    },
+    Remove {
+        id: String,
+        reply: Sender<()>,
+    },
+    Status {
+        id: String,
+        reply: Sender<Option<VolumeStatus>>,
+    },
     /// A connection whose Connect, in this slot, names a volume of this shard.
-    Adopt { connection: Box<Connection>, slot: usize },
+    Adopt {
+        connection: Box<Connection>,
+        slot: usize,
+    },
     Stop,
 }
 
@@ -189,10 +200,9 @@ impl Shard {
     pub fn run(mut self) {
         let mut events = Vec::with_capacity(MAX_EVENTS);
         while !self.stopping {
-            let timeout = self.timeout().map(|wait| Timespec {
-                tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-                tv_nsec: wait.subsec_nanos().into(),
-            });
+            let timeout = self
+                .timeout()
+                .map(|wait| Timespec { tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: wait.subsec_nanos().into() });
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -310,9 +320,10 @@ impl Shard {
         }
         let (error, len, sqe) = (command.error, command.len, command.sqe);
         let counting = &self.shared.counting;
-        let traffic = connection.queue.and_then(|queue| queue.volume).and_then(|volume| {
-            self.volumes.get_mut(crate::bytes::narrow(volume.into())).map(|served| &mut served.traffic)
-        });
+        let traffic = connection
+            .queue
+            .and_then(|queue| queue.volume)
+            .and_then(|volume| self.volumes.get_mut(crate::bytes::narrow(volume.into())).map(|served| &mut served.traffic));
         let bytes = crate::bytes::wide(len);
         match (error, sqe.opcode(), traffic) {
             (None, opcode::READ, Some(traffic)) => {
@@ -621,14 +632,7 @@ impl Shard {
         self.connected(key, slot, queue(controller));
     }
 
-    fn connect_io(
-        &mut self,
-        key: usize,
-        id: u16,
-        controller: &u16,
-        volume: Option<u32>,
-        host: &Host,
-    ) -> Result<(), Refusal> {
+    fn connect_io(&mut self, key: usize, id: u16, controller: &u16, volume: Option<u32>, host: &Host) -> Result<(), Refusal> {
         let Some(controller) = self.controllers.get_mut(controller).filter(|found| found.volume == volume) else {
             return Err(Refusal::data(ConnectData::CONTROLLER_AT));
         };
@@ -882,8 +886,7 @@ impl Shard {
         count(&self.shared.counting.connections_timed_out, crate::bytes::wide(late.len()));
         let over = self.connections.iter().filter(|(_, one)| !one.dead && one.is_over(self.now)).map(|(key, _)| key);
         let over: Vec<usize> = over.chain(late).collect();
-        let expired: Vec<usize> =
-            self.controllers.values().filter(|one| one.is_expired(self.now)).map(|one| one.admin).collect();
+        let expired: Vec<usize> = self.controllers.values().filter(|one| one.is_expired(self.now)).map(|one| one.admin).collect();
         count(&self.shared.counting.keep_alive_expired, crate::bytes::wide(expired.len()));
         for key in over.into_iter().chain(expired) {
             self.kill(key);
@@ -970,9 +973,7 @@ fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Resu
     let (offset, len) = range(sqe.lba(), sqe.blocks())?;
     let (request, cost) = match sqe.opcode() {
         opcode::READ => (Request::Read { offset, len, buffer: std::mem::take(buffer) }, Cost::of_transfer(len)),
-        opcode::WRITE => {
-            (Request::Write { offset, len, buffer: std::mem::take(buffer), fua: sqe.fua() }, Cost::of_transfer(len))
-        }
+        opcode::WRITE => (Request::Write { offset, len, buffer: std::mem::take(buffer), fua: sqe.fua() }, Cost::of_transfer(len)),
         _ => (Request::Zeroes { offset, len, fua: sqe.fua() }, Cost::of_command()),
     };
     Ok(Work::One(request, cost))

@@ -94,9 +94,8 @@ impl Store {
         for entry in fs::read_dir(&self.volumes)? {
             let path = entry?.path();
             let text = fs::read(path.join("volume.json"))?;
-            let record: Record = serde_json::from_slice(&text).map_err(|error| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("{}: {error}", path.join("volume.json").display()))
-            })?;
+            let record: Record = serde_json::from_slice(&text)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {error}", path.join("volume.json").display())))?;
             if record.version != RECORD_VERSION {
                 let message = format!("{} has version {}, not {RECORD_VERSION}", path.display(), record.version);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, message));
@@ -112,9 +111,9 @@ impl Store {
         let new = self.volumes.join(format!(".{}.new", spec.id));
         let _ = fs::remove_dir_all(&new);
         let io = |error| TargetError::Io { id: spec.id.clone(), source: error };
-        let made = self.create_in(&new, &record).and_then(|()| {
-            fs::rename(&new, self.folder(&spec.id)).and_then(|()| sync_folder(&self.volumes)).map_err(io)
-        });
+        let made = self
+            .create_in(&new, &record)
+            .and_then(|()| fs::rename(&new, self.folder(&spec.id)).and_then(|()| sync_folder(&self.volumes)).map_err(io));
         if made.is_err() {
             let _ = fs::remove_dir_all(&new);
         }
@@ -189,9 +188,8 @@ impl Store {
             let mut durable_bytes = Vec::new();
             durable.read_to_end(&mut durable_bytes)?;
             let len = volume::marks_len(image_bytes);
-            let (marks, durable_marks) = volume::read_maps(&present, &durable_bytes, self.boot, len).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("{} is no map", folder.join("durable").display()))
-            })?;
+            let (marks, durable_marks) = volume::read_maps(&present, &durable_bytes, self.boot, len)
+                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{} is no map", folder.join("durable").display())))?;
             let fresh = volume::map_file(self.boot, &marks);
             if present != fresh {
                 let new = folder.join("present.new");
@@ -227,9 +225,7 @@ enum CloneError {
 pub(crate) fn boot_id() -> io::Result<[u8; 16]> {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    u128::from_str_radix(&digits, 16)
-        .map(u128::to_be_bytes)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 fn create(path: &Path) -> io::Result<File> {

@@ -85,9 +85,17 @@ pub enum TargetError {
     TooSmall { image: String, image_bytes: u64 },
     /// May be there later.
     #[error("image {image}")]
-    Image { image: String, #[source] source: io::Error },
+    Image {
+        image: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("files of volume {id}")]
-    Io { id: String, #[source] source: io::Error },
+    Io {
+        id: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("the target has stopped")]
     Stopped,
 }
@@ -318,8 +326,7 @@ impl Target {
 
     fn serve(&self, manage: &mut Manage, record: Record) -> Result<(), TargetError> {
         let spec = record.spec.clone();
-        let files =
-            manage.store()?.open_files(&record).map_err(|source| TargetError::Io { id: spec.id.clone(), source })?;
+        let files = manage.store()?.open_files(&record).map_err(|source| TargetError::Io { id: spec.id.clone(), source })?;
         let shard = self.shard_of(&spec.id);
         let opened = Opened { spec: spec.clone(), files, folder: manage.store()?.folder(&spec.id) };
         manage.records.insert(spec.id.clone(), record);

@@ -693,11 +693,7 @@ impl CloneState {
             return (Source::Data, self.run_end(position, end, true));
         }
         let end = self.run_end(position, end, false);
-        if position < self.files.image_bytes {
-            (Source::Image, end.min(self.files.image_bytes))
-        } else {
-            (Source::Nothing, end)
-        }
+        if position < self.files.image_bytes { (Source::Image, end.min(self.files.image_bytes)) } else { (Source::Nothing, end) }
     }
 
     /// `whole`: data is written, which goes in one piece.

@@ -306,6 +306,10 @@ fn network(tx: &Tx<'_>, account: &str, vpc_id: &str, groups: BTreeSet<String>) -
         let owner = interface.attachment.as_ref().and_then(|attachment| tx.get::<Instance>(account, &attachment.instance_id));
         let Some(placement) = owner.filter(|owner| wants_machine(owner)).and_then(|owner| owner.placement.clone()) else { continue };
         let Some(underlay) = tx.get::<Card>(REGION, &placement.card_id).map(|card| card.underlay_ip) else { continue };
+        // A card without an underlay has only neighbours on itself, which it finds without a mapping.
+        if underlay.is_unspecified() {
+            continue;
+        }
         let private_ipv4 = u32::from(interface.private_ip);
         mappings.push(card::Mapping { private_ipv4, mac: interface.mac.0.to_vec(), underlay_ipv4: underlay.into() });
         for group in &interface.security_group_ids {

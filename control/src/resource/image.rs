@@ -158,10 +158,14 @@ fn read_manifest(path: &Path) -> io::Result<Manifest> {
     let boot = manifest.boot.iter().flat_map(|boot| [&boot.kernel, &boot.initrd]);
     let invalid = |message: String| Err(io::Error::new(io::ErrorKind::InvalidData, message));
     for object in boot.chain([&manifest.object]) {
-        // An object key is a file name: what could name another folder never reaches a card.
-        if object.contains('/') || object.starts_with("..") {
-            return invalid(format!("{object:?} is not a file name"));
+        // An object key is a plain file name: what could name another folder never reaches a card.
+        let plain = object.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte));
+        if !plain || object.starts_with('.') || 255 < object.len() {
+            return invalid(format!("{object:?} is not a plain file name"));
         }
+    }
+    if manifest.boot.as_ref().is_some_and(|boot| boot.kernel.is_empty() || boot.command_line.contains(['\n', '\0'])) {
+        return invalid("boot has a kernel and a command line of one line".to_owned());
     }
     if manifest.size_bytes == 0 || manifest.object.is_empty() || manifest.name.is_empty() {
         return invalid("name, object and size_bytes may not be empty".to_owned());

@@ -77,7 +77,7 @@ impl Story<'_> {
         self.groups.push(group.clone());
         let rack = tenant.call("DescribeSecurityGroups", &[("GroupName.1", "rack")])?.need("groupId")?;
         tenant.call("ModifyInstanceAttribute", &[("InstanceId", second), ("GroupId.1", &rack), ("GroupId.2", &group)])?;
-        self.on(second, "nohup sh -c 'while :; do echo hello | nc -l -p 8080; done' >/dev/null 2>&1 &")?;
+        self.on(second, "setsid sh -c 'while :; do echo hello | nc -l -p 8080; done' >/dev/null 2>&1 &")?;
         let probe = format!("nc -w 1 {address} 8080 </dev/null | grep -q hello && echo open || echo closed");
         let rule = [
             ("GroupId", group.as_str()),

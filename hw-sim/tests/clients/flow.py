@@ -66,7 +66,7 @@ say("ping inside the VPC")
 group = ec2.create_security_group(GroupName="boto3", Description="boto3")["GroupId"]
 rack = ec2.describe_security_groups(GroupNames=["rack"])["SecurityGroups"][0]["GroupId"]
 ec2.modify_instance_attribute(InstanceId=second, Groups=[rack, group])
-ssh(address_of(second), "nohup sh -c 'while :; do echo hello | nc -l -p 8080; done' >/dev/null 2>&1 &")
+ssh(address_of(second), "setsid sh -c 'while :; do echo hello | nc -l -p 8080; done' >/dev/null 2>&1 &")
 probe = f"nc -w 1 {target} 8080 </dev/null | grep -q hello && echo open || echo closed"
 permission = [{"IpProtocol": "tcp", "FromPort": 8080, "ToPort": 8080, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}]
 

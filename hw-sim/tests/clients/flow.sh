@@ -43,7 +43,7 @@ say "ping inside the VPC"
 group=$(query GroupId create-security-group --group-name awscli --description awscli)
 rack=$(query 'SecurityGroups[0].GroupId' describe-security-groups --group-names rack)
 aws ec2 modify-instance-attribute --instance-id "$second" --groups "$rack" "$group"
-guest "$two" "nohup sh -c 'while :; do echo hello | nc -l -p 8080; done' >/dev/null 2>&1 &"
+guest "$two" "setsid sh -c 'while :; do echo hello | nc -l -p 8080; done' >/dev/null 2>&1 &"
 port() { guest "$one" "nc -w 1 $target 8080 </dev/null | grep -q hello && echo open || echo closed"; }
 until_port() { local tries=0; until [ "$(port)" = "$1" ]; do tries=$((tries + 1)); [ $tries -lt 20 ]; done; }
 until_port closed

@@ -54,9 +54,9 @@ pub struct Guest {
     sent: Option<Machine>,
     /// The highest machine generation seen or sent.
     machine_generation: u64,
-    /// Generation of the last Delete on this link.
-    delete_sent: Option<u64>,
-    /// The host answered that one.
+    /// Generation of a Delete on this link that the host has not answered.
+    deleting: Option<u64>,
+    /// The host answered the Delete.
     machine_gone: bool,
     /// It has been up since it was last down.
     was_up: bool,
@@ -89,7 +89,7 @@ impl Guest {
             tracked: Tracked::new(spec),
             sent: None,
             machine_generation: 0,
-            delete_sent: None,
+            deleting: None,
             machine_gone: false,
             was_up: false,
             stopping: false,
@@ -113,13 +113,12 @@ impl Guest {
         self.tracked.deleted = None;
         self.tracked.slot.forgive();
         self.machine_gone = false;
-        self.delete_sent = None;
         self.outcome = None;
     }
 
     pub fn host_lost(&mut self) {
         self.sent = None;
-        self.delete_sent = None;
+        self.deleting = None;
     }
 
     pub fn outcome(&self) -> Option<&Outcome> {
@@ -168,7 +167,10 @@ impl Guest {
             MachinePhase::Failed if current => self.outcome = Some(Outcome::Failed(status.message.clone())),
             MachinePhase::Gone => {
                 self.sent = None;
-                self.machine_gone |= self.delete_sent.is_some_and(|sent| sent <= status.generation);
+                if self.deleting.is_some_and(|deleting| deleting <= status.generation) {
+                    self.deleting = None;
+                    self.machine_gone = self.tracked.deleted.is_some();
+                }
             }
             _ => {}
         }
@@ -192,13 +194,18 @@ impl Guest {
             return;
         }
         if let Some(generation) = self.tracked.deleted {
-            if self.delete_sent.is_none() {
+            if self.deleting.is_none() && !self.machine_gone {
                 self.sent = None;
                 let id = self.tracked.spec.id.to_string();
                 let generation = (generation << REVISION_BITS | REVISION_MAX).max(self.machine_generation);
-                self.delete_sent = Some(generation);
+                self.deleting = Some(generation);
                 out.push(Output::Host(to_host::Command::Delete(host::Delete { id, generation })));
             }
+            return;
+        }
+        if self.deleting.is_some() {
+            // What the host says of the old machine is not true of the new one.
+            self.waiting = Some("waiting for the former machine to go".into());
             return;
         }
         let status = host.machine(&self.tracked.spec.id);

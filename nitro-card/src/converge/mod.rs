@@ -322,22 +322,15 @@ impl Core {
 
     /// Which machines use each function, or are about to.
     fn users(&self) -> Users {
-        let mut users = Users { known: self.host.is_synced(), machines: BTreeMap::new() };
+        // A machine that has not heard this card yet may be plugging what an earlier run of the card told it to.
+        let heard = |(id, guest): (&Id, &Guest)| self.host.machine(id).is_none_or(|status| !is_up(status) || guest.has_heard(status));
+        let known = self.host.is_synced() && self.instances.iter().all(heard);
+        let mut users = Users { known, machines: BTreeMap::new() };
         for (machine, status) in self.host.machines().filter(|(_, status)| is_up(status)) {
             status.functions.iter().filter_map(|function| Id::parse(function)).for_each(|function| users.add(function, machine));
         }
         for (machine, guest) in &self.instances {
             guest.plugging().for_each(|function| users.add(function.clone(), machine));
-        }
-        // A machine that has not heard this card yet may be plugging what an earlier run of the card told it to.
-        let deaf = |machine: &Id| match (self.instances.get(machine), self.host.machine(machine)) {
-            (Some(guest), Some(status)) => is_up(status) && !guest.has_heard(status),
-            _ => false,
-        };
-        let ports = self.ports.iter().flat_map(|(id, port)| owners_of(id, &port.spec.instance_id, port.slot.bound().map(|there| &there.instance_id)));
-        let disks = self.disks.iter().flat_map(|(id, disk)| owners_of(id, &disk.spec.instance_id, disk.slot.bound().map(|there| &there.instance_id)));
-        for (function, machine) in ports.chain(disks).filter(|(_, machine)| deaf(machine)) {
-            users.add(function.clone(), machine);
         }
         users
     }
@@ -411,7 +404,7 @@ impl Core {
         let mut parts = BTreeMap::<Id, Vec<Part>>::new();
         for (id, port) in &self.ports {
             let bound = port.slot.bound().map(|there| &there.instance_id);
-            for (_, owner) in owners_of(id, &port.spec.instance_id, bound) {
+            for owner in owners(&port.spec.instance_id, bound) {
                 parts.entry(owner.clone()).or_default().push(Part {
                     id: id.clone(),
                     kind: Kind::Port,
@@ -425,7 +418,7 @@ impl Core {
         }
         for (id, disk) in &self.disks {
             let bound = disk.slot.bound().map(|there| &there.instance_id);
-            for (_, owner) in owners_of(id, &disk.spec.instance_id, bound) {
+            for owner in owners(&disk.spec.instance_id, bound) {
                 parts.entry(owner.clone()).or_default().push(Part {
                     id: id.clone(),
                     kind: Kind::Disk,
@@ -507,7 +500,7 @@ impl Core {
 
 /// Who uses the card's functions.
 struct Users {
-    /// The host is in sync.
+    /// Whoever uses or may be plugging a function is listed.
     known: bool,
     machines: BTreeMap<Id, BTreeSet<Id>>,
 }
@@ -528,9 +521,9 @@ impl Users {
     }
 }
 
-/// A function with each machine that it concerns: the one that it is for and the one that it was for.
-fn owners_of<'a>(function: &'a Id, wanted: &'a Id, bound: Option<&'a Id>) -> impl Iterator<Item = (&'a Id, &'a Id)> {
-    std::iter::once(wanted).chain(bound.filter(move |bound| *bound != wanted)).map(move |owner| (function, owner))
+/// The machines that a function concerns: the one that it is for and the one that it was for.
+fn owners<'a>(wanted: &'a Id, bound: Option<&'a Id>) -> impl Iterator<Item = &'a Id> {
+    std::iter::once(wanted).chain(bound.filter(move |bound| *bound != wanted))
 }
 
 impl<T, B: Clone + PartialEq> Tracked<T, B> {

@@ -101,8 +101,9 @@ struct World {
     volumes: BTreeSet<Id>,
     staged: BTreeSet<Id>,
     work: VecDeque<(Key, Work)>,
-    /// Work that fails once.
+    /// Work that fails once, and whose last work did.
     failing: BTreeSet<Key>,
+    failed: BTreeSet<Id>,
     machines: BTreeMap<Id, Box_>,
     linked: bool,
     to_host: VecDeque<Command>,
@@ -128,6 +129,7 @@ impl World {
             staged: BTreeSet::new(),
             work: VecDeque::new(),
             failing: BTreeSet::new(),
+            failed: BTreeSet::new(),
             machines: BTreeMap::new(),
             linked: false,
             to_host: VecDeque::new(),
@@ -244,7 +246,9 @@ impl World {
         let there = self.machines.get(&id(&machine.id));
         for function in machine.functions.iter().map(|function| id(&function.id)) {
             let plugged = there.is_some_and(|there| there.up && there.plugged.contains(&function));
-            assert!(!machine.running || plugged || self.served.contains(&function), "{function} is not served");
+            // A running guest keeps what cannot be served at the moment, and may just have gone down.
+            let excused = plugged || self.failed.contains(&function);
+            assert!(!machine.running || excused || self.served.contains(&function), "{function} is not served");
         }
         let sent = self.to_host.iter().rev().find_map(|command| match command {
             Command::Put(sent) if sent.id == machine.id => Some(sent.generation),
@@ -277,7 +281,9 @@ impl World {
     /// Ends the piece of work at `index`.
     fn work_done(&mut self, index: usize) {
         let Some((key, work)) = self.work.remove(index) else { return };
+        self.failed.remove(&key.id);
         if self.failing.remove(&key) {
+            self.failed.insert(key.id.clone());
             return self.event(Event::Done { key, result: Err("as told".into()) });
         }
         let name = key.id.clone();

@@ -58,8 +58,7 @@ fn run(file: &File, offset: u64, action: Action) -> (io::Result<()>, Vec<u8>) {
             (result, buffer)
         }
         Action::Write { buffer, range } => {
-            let result =
-                buffer.get(range).map_or(Err(io::ErrorKind::InvalidInput.into()), |from| file.write_all_at(from, offset));
+            let result = buffer.get(range).map_or(Err(io::ErrorKind::InvalidInput.into()), |from| file.write_all_at(from, offset));
             (result, buffer)
         }
         Action::Sync => (file.sync_data(), Vec::new()),

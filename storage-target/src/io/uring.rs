@@ -41,14 +41,7 @@ impl UringDevice {
         let ring = IoUring::builder().setup_cqsize(4 * ENTRIES).setup_coop_taskrun().build(ENTRIES)?;
         let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(Self {
-            ring,
-            event,
-            files: Files::default(),
-            pending: slab::Slab::new(),
-            queue: VecDeque::new(),
-            refused: Vec::new(),
-        })
+        Ok(Self { ring, event, files: Files::default(), pending: slab::Slab::new(), queue: VecDeque::new(), refused: Vec::new() })
     }
 
     /// Moves slots from the queue into the ring and tells the kernel, as often as needed.
@@ -97,10 +90,9 @@ impl UringDevice {
                 opcode::Write::new(fd, part.as_ptr(), crate::bytes::narrow32(part.len())).offset(offset).build()
             }
             Action::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-            Action::Zero { len } => opcode::Fallocate::new(fd, *len)
-                .offset(offset)
-                .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
-                .build(),
+            Action::Zero { len } => {
+                opcode::Fallocate::new(fd, *len).offset(offset).mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE).build()
+            }
         };
         Ok(entry.user_data(crate::bytes::wide(slot)))
     }

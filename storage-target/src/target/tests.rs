@@ -37,11 +37,7 @@ impl Rig {
     }
 
     fn settings(&self, id: &str, host: &str) -> InitiatorSettings {
-        InitiatorSettings {
-            address: self.target.local_addr(),
-            subsystem_nqn: volume_nqn(id),
-            host_nqn: host.into(),
-        }
+        InitiatorSettings { address: self.target.local_addr(), subsystem_nqn: volume_nqn(id), host_nqn: host.into() }
     }
 
     fn initiator(&self) -> Initiator {
@@ -70,11 +66,8 @@ impl Rig {
 }
 
 fn start(dir: &Path, port: u16, shards: usize) -> Target {
-    let settings = TargetSettings {
-        listen: SocketAddr::from(([127, 0, 0, 1], port)),
-        dir: dir.join("storage"),
-        images: dir.join("images"),
-    };
+    let settings =
+        TargetSettings { listen: SocketAddr::from(([127, 0, 0, 1], port)), dir: dir.join("storage"), images: dir.join("images") };
     Target::start_sharded(settings, shards).unwrap()
 }
 
@@ -167,10 +160,7 @@ fn many_commands_at_once_end_once_each_with_their_own_data() {
         for index in 0..60 {
             let sender = sender.clone();
             let len = sizes[index % sizes.len()] as u32;
-            initiator.submit(
-                Command::Read { lba: Lba(at(index)), len },
-                Box::new(move |result| sender.send((index, result)).unwrap()),
-            );
+            initiator.submit(Command::Read { lba: Lba(at(index)), len }, Box::new(move |result| sender.send((index, result)).unwrap()));
         }
         for _ in 0..60 {
             let (index, result) = receiver.recv_timeout(Duration::from_secs(20)).unwrap();
@@ -195,12 +185,7 @@ fn only_the_volumes_host_may_connect() {
     assert_eq!(connect(&mut rig.channel(), 1, controller, ID, OTHER), Err(NvmeStatus::CONNECT_HOST));
     assert_eq!(rig.target.counters().hosts_refused, 3);
     // The same NQN with another host identifier is another host, too.
-    let data = ConnectData {
-        host_id: [9; 16],
-        controller,
-        subsystem_nqn: volume_nqn(ID),
-        host_nqn: HOST.into(),
-    };
+    let data = ConnectData { host_id: [9; 16], controller, subsystem_nqn: volume_nqn(ID), host_nqn: HOST.into() };
     let entry = connect_entry(1, 31, Duration::ZERO);
     assert_eq!(status(rig.channel().run("", entry, &data.encode(), 0)), Err(NvmeStatus::CONNECT_HOST));
     assert_eq!(connect(&mut rig.channel(), 1, controller + 1, ID, HOST), Err(NvmeStatus::CONNECT_INVALID));
@@ -364,9 +349,7 @@ fn a_clone_reads_through_to_the_image_and_never_copies_it() {
     let initiator = rig.initiator();
     let mut whole = image.clone();
     whole.resize(64 * MIB as usize, 0);
-    let read_all = |initiator: &Initiator| -> Vec<u8> {
-        (0..64).flat_map(|at| read(initiator, at * 2048, 1 << 20)).collect()
-    };
+    let read_all = |initiator: &Initiator| -> Vec<u8> { (0..64).flat_map(|at| read(initiator, at * 2048, 1 << 20)).collect() };
     assert!(read_all(&initiator) == whole);
     assert!(allocated() <= 64 * 1024, "reading copies nothing");
     let mut chance = Chance::new(11);
@@ -448,8 +431,7 @@ impl Writer {
 fn a_restart_of_the_target_loses_no_write_and_fails_none() {
     let Rig { dir, mut target } = Rig::with_volume(2);
     let port = target.local_addr().port();
-    let settings =
-        InitiatorSettings { address: target.local_addr(), subsystem_nqn: volume_nqn(ID), host_nqn: HOST.into() };
+    let settings = InitiatorSettings { address: target.local_addr(), subsystem_nqn: volume_nqn(ID), host_nqn: HOST.into() };
     let initiator = connected(Initiator::start(settings).unwrap());
     let mut writer = Writer::new(21);
     for _ in 0..5 {
@@ -618,9 +600,9 @@ fn garbage_from_a_connected_host_harms_only_itself() {
 fn a_broken_pdu_is_answered_with_a_termination_request() {
     let rig = Rig::with_volume(1);
     for (bytes, fes) in [
-        (vec![9, 0, 24, 0, 24, 0, 0, 0], 1),                  // R2T to a controller
-        (vec![4, 0, 72, 72, 0xff, 0xff, 0xff, 0xff], 1),      // 4 GiB
-        (vec![6, 0, 24, 24, 0xff, 0xff, 0xff, 0xff], 5),      // more data than the limit
+        (vec![9, 0, 24, 0, 24, 0, 0, 0], 1),             // R2T to a controller
+        (vec![4, 0, 72, 72, 0xff, 0xff, 0xff, 0xff], 1), // 4 GiB
+        (vec![6, 0, 24, 24, 0xff, 0xff, 0xff, 0xff], 5), // more data than the limit
         ([&[6, 0, 24, 24, 28, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 4, 0, 0, 0][..], &[0; 8]].concat(), 1), // no such tag
     ] {
         let channel = rig.channel();
@@ -644,8 +626,7 @@ fn a_broken_pdu_is_answered_with_a_termination_request() {
 fn strangers_are_limited_in_number_and_connected_hosts_are_not() {
     let rig = Rig::with_volume(1);
     let initiator = rig.initiator();
-    let strangers: Vec<TcpStream> =
-        (0..100).map(|_| TcpStream::connect(rig.target.local_addr()).unwrap()).collect();
+    let strangers: Vec<TcpStream> = (0..100).map(|_| TcpStream::connect(rig.target.local_addr()).unwrap()).collect();
     write(&initiator, 0, vec![1; 512]);
     let deadline = Instant::now() + Duration::from_secs(5);
     while rig.target.counters().connections_over_limit < 36 && Instant::now() < deadline {
@@ -689,15 +670,50 @@ fn a_volumes_limits_hold() {
 fn silence_beyond_the_keep_alive_ends_a_controller() {
     let rig = Rig::with_volume(1);
     let mut channel = rig.channel();
-    let data = ConnectData {
-        host_id: host_id(HOST),
-        controller: 0xffff,
-        subsystem_nqn: volume_nqn(ID),
-        host_nqn: HOST.into(),
-    };
+    let data = ConnectData { host_id: host_id(HOST), controller: 0xffff, subsystem_nqn: volume_nqn(ID), host_nqn: HOST.into() };
     channel.run("connect", connect_entry(0, 31, Duration::from_millis(200)), &data.encode(), 0).unwrap();
     assert!(rig.target.volume_get(ID).unwrap().connected);
     assert_eq!((&*channel.stream).read(&mut [0; 1]).unwrap(), 0);
     assert!(!rig.target.volume_get(ID).unwrap().connected);
     assert_eq!(rig.target.counters().keep_alive_expired, 1);
+}
+
+// BENCH-BEGIN
+#[test]
+fn bench() {
+    let Ok(dir) = std::env::var("BENCH") else { return };
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    let dir = std::path::PathBuf::from(dir);
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(dir.join("images")).unwrap();
+    let target = start(&dir, 0, 1);
+    target.volume_put(VolumeSpec { size_bytes: 512 * MIB, ..spec(ID) }).unwrap();
+    let settings = InitiatorSettings { address: target.local_addr(), subsystem_nqn: volume_nqn(ID), host_nqn: HOST.into() };
+    let initiator = Arc::new(connected(Initiator::start(settings).unwrap()));
+    for at in 0..512 { write(&initiator, at * 2048, vec![1; 1 << 20]); }
+    fn go(initiator: &Arc<Initiator>, write: bool, len: u32, done: Arc<AtomicU64>, stop: Instant, seed: u64, left: Arc<AtomicU64>) {
+        let mut chance = Chance::new(seed);
+        let lba = Lba(chance.below(512 * MIB / u64::from(len)) * u64::from(len / 512));
+        let command = if write { Command::Write { lba, data: vec![2; len as usize] } } else { Command::Read { lba, len } };
+        let again = Arc::clone(initiator);
+        initiator.submit(command, Box::new(move |result| {
+            result.unwrap();
+            done.fetch_add(1, Ordering::Relaxed);
+            if Instant::now() < stop { go(&again, write, len, done, stop, chance.next(), left) } else { left.fetch_sub(1, Ordering::Relaxed); }
+        }));
+    }
+    for (write, len, depth) in [(false, 4096, 1), (false, 4096, 32), (true, 4096, 1), (true, 4096, 32), (false, 131072, 8), (true, 131072, 8)] {
+        let before = target.counters();
+        let (done, left) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(depth)));
+        let begin = Instant::now();
+        for index in 0..depth { go(&initiator, write, len, done.clone(), begin + Duration::from_secs(2), index + 7, left.clone()); }
+        while left.load(Ordering::Relaxed) > 0 { std::thread::sleep(Duration::from_millis(10)); }
+        let turns = target.counters().turns - before.turns;
+        let n = done.load(Ordering::Relaxed);
+        let cpu: Vec<String> = std::fs::read_dir("/proc/self/task").unwrap().filter_map(|t| { let t = t.unwrap().path(); let s = std::fs::read_to_string(t.join("stat")).ok()?; let f: Vec<&str> = s.split_whitespace().collect(); Some(format!("{}:{}+{}", f[1], f[13], f[14])) }).filter(|s| s.contains("stor") || s.contains("init") || s.contains("iou")).collect();
+        eprintln!("write={write} len={len} qd={depth}: {:.0} IOPS, {:.0} MB/s, {:.2} ios/turn {cpu:?}", n as f64 / begin.elapsed().as_secs_f64(), n as f64 * f64::from(len) / 1e6 / begin.elapsed().as_secs_f64(), n as f64 / turns as f64);
+    }
+    target.stop();
+    std::fs::remove_dir_all(&dir).unwrap();
 }

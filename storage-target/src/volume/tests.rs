@@ -129,9 +129,10 @@ impl World {
         self.time += 1;
         let (tag, range) = (self.time, self.range());
         let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
-        let busy = self.requests.iter().any(|(_, other, what)| {
-            !matches!(what, What::Flush { .. }) && other.start < range.end && range.start < other.end
-        });
+        let busy = self
+            .requests
+            .iter()
+            .any(|(_, other, what)| !matches!(what, What::Flush { .. }) && other.start < range.end && range.start < other.end);
         let fua = self.chance.below(8) == 0;
         let (request, what) = match self.chance.below(12) {
             0 | 1 => (Request::Flush, What::Flush { time: self.time }),
@@ -181,7 +182,8 @@ impl World {
                 What::Read(may) => {
                     for ((at, may), bytes) in range.zip(may).zip(completion.buffer.chunks(512)) {
                         assert!(
-                            may.iter().chain(self.cells[at as usize].acked.iter().flat_map(|(_, values)| values))
+                            may.iter()
+                                .chain(self.cells[at as usize].acked.iter().flat_map(|(_, values)| values))
                                 .chain(&self.cells[at as usize].under_way)
                                 .any(|value| sector_bytes(*value, at) == bytes),
                             "sector {at} reads {:?}, may be {may:?}",
