@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! server ─▶ api (or rest) ─▶ auth: the signature makes a Principal
+//!                        ─▶ throttle: the account has not asked too often
 //!                        ─▶ query, shape: parameters become a typed request
 //!                        ─▶ resource/*: one action in one transaction of the world
 //!                        ─▶ the commit is durable ─▶ xml (or JSON) ─▶ answer
@@ -11,7 +12,7 @@
 //! actions stands at the end of this file; what is not in it answers `InvalidAction`.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -34,6 +35,7 @@ use crate::resource;
 use crate::rest;
 use crate::server;
 use crate::shape::{Answer, Decode, Node, Request as Input};
+use crate::throttle::{Ask, Throttle};
 use crate::world::{Call, Sequence, StoreGone, World};
 use crate::xml::Xml;
 
@@ -50,13 +52,18 @@ pub struct Api {
     pub cards: Option<Arc<Cards>>,
     verifier: Verifier,
     metrics: Metrics,
+    /// None: every request is served.
+    throttle: Option<Mutex<Throttle>>,
+    /// The moment that the throttle counts from.
+    started: Instant,
 }
 
 impl Api {
-    /// An API over a world.
+    /// An API over a world, that refuses what the throttle refuses.
     #[must_use]
-    pub fn new(world: Arc<World>, cards: Option<Arc<Cards>>) -> Arc<Self> {
-        Arc::new(Self { world, cards, verifier: Verifier::default(), metrics: Metrics::default() })
+    pub fn new(world: Arc<World>, cards: Option<Arc<Cards>>, throttle: Option<Throttle>) -> Arc<Self> {
+        let (verifier, metrics) = (Verifier::default(), Metrics::default());
+        Arc::new(Self { world, cards, verifier, metrics, throttle: throttle.map(Mutex::new), started: Instant::now() })
     }
 
     /// Everything that the tenants' listener serves.
@@ -81,6 +88,24 @@ impl Api {
             body,
         };
         self.verifier.verify(&self.world, request, Time::now())
+    }
+
+    /// Asks the throttle; nothing of a refused request is done.
+    pub(crate) fn admit(&self, principal: &Principal, ask: Ask) -> Result<(), ApiError> {
+        let Some(throttle) = &self.throttle else { return Ok(()) };
+        let mut throttle = throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        throttle.admit(self.started.elapsed(), principal.account_id(), ask).map_err(|bucket| {
+            self.metrics.throttled(ask.action, bucket.word());
+            ApiError::request_limit_exceeded()
+        })
+    }
+
+    /// Tells the throttle that an admitted request changed nothing.
+    pub(crate) fn give_back(&self, principal: &Principal, ask: Ask) {
+        if let Some(throttle) = &self.throttle {
+            let mut throttle = throttle.lock().unwrap_or_else(PoisonError::into_inner);
+            throttle.give_back(self.started.elapsed(), principal.account_id(), ask);
+        }
     }
 
     /// Runs one action in one transaction, which is undone when the action fails or was only tried.
@@ -109,7 +134,10 @@ impl Api {
         let time = since.elapsed();
         self.metrics.request(action, status, time);
         match error {
-            Some(error) if error.status < 500 => tracing::debug!(action, request = id.as_str(), %error, "refused"),
+            // A throttled client is the client's affair, and there may be a flood of them.
+            Some(error) if error.status < 500 || error.code == "RequestLimitExceeded" => {
+                tracing::debug!(action, request = id.as_str(), %error, "refused")
+            }
             Some(error) if error.status == 500 && error.code == "InternalError" => {
                 tracing::error!(action, request = id.as_str(), %error, "failed");
             }
@@ -201,15 +229,20 @@ impl Reply {
         }
         let (name, handler) = handler(action).ok_or_else(|| ApiError::invalid_action(action))?;
         self.action = name;
+        let mut parameters = form.parameters();
+        let ask = Ask::query(name, &parameters);
+        api.admit(&principal, ask)?;
         let mut xml = Xml::with_capacity(8 * 1024);
         xml.declaration();
         xml.open_response(name, EC2_NAMESPACE);
         xml.element("requestId", id.as_str());
-        let mut parameters = form.parameters();
         let node = Node::root(&mut parameters);
         match handler {
             Handler::Now(handler) => {
                 let (result, sequence) = handler(api, &principal, node, &mut xml);
+                if result.is_err() {
+                    api.give_back(&principal, ask);
+                }
                 // A refusal tells of the state as much as an answer does.
                 api.durable(sequence).await?;
                 result?;

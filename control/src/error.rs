@@ -91,6 +91,12 @@ impl ApiError {
         Self::with_status(412, "DryRunOperation", message)
     }
 
+    /// `RequestLimitExceeded`: the account is throttled, and may come again.
+    #[must_use]
+    pub fn request_limit_exceeded() -> Self {
+        Self::with_status(503, "RequestLimitExceeded", "Request limit exceeded.")
+    }
+
     /// `InternalError`: our own mistake. The chain of causes belongs in the log, not here.
     #[must_use]
     pub fn internal() -> Self {

@@ -2,7 +2,7 @@
 //!
 //! | where | what |
 //! |---|---|
-//! | [`server`], [`api`], [`rest`], [`auth`] | the listener, its two skins, and who is speaking |
+//! | [`server`], [`api`], [`rest`], [`auth`], [`throttle`] | the listener, its two skins, who is speaking, and how often |
 //! | [`shape`], [`shapes`], [`query`], [`xml`], [`error`] | typed requests and answers, and their form on the wire |
 //! | [`resource`], [`later`] | one file for each noun, one function for each action |
 //! | [`world`], [`model`], [`store`], [`event`] | tables in memory, rows, their durability, and what happened |
@@ -30,5 +30,6 @@ pub mod settings;
 pub mod shape;
 pub mod shapes;
 pub mod store;
+pub mod throttle;
 pub mod world;
 pub mod xml;

@@ -13,6 +13,7 @@ use control::model::Time;
 use control::resource::{image, region};
 use control::settings::Settings;
 use control::store::{self, Sqlite};
+use control::throttle::Throttle;
 use control::world::{Entropy, Region, World, Zone};
 use control::{admin, reconcile, server};
 use tokio::net::TcpListener;
@@ -69,7 +70,7 @@ async fn serve(settings: &Settings, world: Arc<World>) -> Result<()> {
     let epoch = reconcile::take_over(&world, Time::now()).await.context("taking over the region")?;
     let (cards, inputs) = Cards::start(&settings.cards, &settings.tls, epoch).context("connecting to the cards")?;
     let cards = Arc::new(cards);
-    let api = Api::new(world.clone(), Some(cards.clone()));
+    let api = Api::new(world.clone(), Some(cards.clone()), settings.throttle.then(Throttle::default));
     let listener = TcpListener::bind(settings.listen).await.with_context(|| format!("listening on {}", settings.listen))?;
     let socket = settings.state_dir.join("admin.sock");
     let operator = admin::bind(&socket).with_context(|| format!("listening on {}", socket.display()))?;
@@ -82,7 +83,7 @@ async fn serve(settings: &Settings, world: Arc<World>) -> Result<()> {
     let tenants = tokio::spawn(server::serve(listener, api.router(), wait(stopped)));
     let mut reconciler = tokio::spawn(reconcile::run(world.clone(), inputs, move |card, operation| cards.send(&card, operation)));
     let images = tokio::spawn(image::watch_folder(world.clone(), settings.images_dir.clone()));
-    tracing::info!(listen = %settings.listen, region = settings.region, epoch, "ready");
+    tracing::info!(listen = %settings.listen, region = settings.region, epoch, throttle = settings.throttle, "ready");
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         _ = terminate.recv() => {}

@@ -9,6 +9,7 @@ use std::time::Duration;
 #[derive(Debug, Default)]
 pub struct Metrics {
     requests: Mutex<BTreeMap<(&'static str, u16), Requests>>,
+    throttled: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -26,6 +27,12 @@ impl Metrics {
         requests.time += time;
     }
 
+    /// Counts a request that was refused because a bucket of its account, one of `crate::throttle`, is too empty.
+    pub fn throttled(&self, action: &'static str, bucket: &'static str) {
+        let mut throttled = self.throttled.lock().unwrap_or_else(PoisonError::into_inner);
+        *throttled.entry((action, bucket)).or_default() += 1;
+    }
+
     /// The text that Prometheus scrapes.
     #[must_use]
     pub fn to_text(&self) -> String {
@@ -40,6 +47,11 @@ impl Metrics {
         };
         family("cardinal_api_requests_total", &|requests| requests.count.to_string());
         family("cardinal_api_request_seconds_total", &|requests| format!("{:.6}", requests.time.as_secs_f64()));
+        let throttled = self.throttled.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        text.push_str("# TYPE cardinal_api_throttled_total counter\n");
+        for ((action, bucket), count) in &throttled {
+            let _ = writeln!(text, "cardinal_api_throttled_total{{action=\"{action}\",bucket=\"{bucket}\"}} {count}");
+        }
         text
     }
 }

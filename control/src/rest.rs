@@ -40,6 +40,7 @@ use crate::shapes::{
     ModifyInstanceAttributeRequest, RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, Tag, TagSpecification,
     TerminateInstancesRequest, Volume, VolumeAttachment,
 };
+use crate::throttle::Ask;
 use crate::world::{Call, Sequence};
 
 /// Answers one request under `/api/v1`.
@@ -68,10 +69,35 @@ async fn run(api: &Api, parts: &Parts, body: Body, action: &mut &'static str) ->
     }
     let (name, handler) = route(parts)?;
     *action = name;
-    let (result, sequence) = handler(&Context { api, principal: &principal, query: parts.uri.query().unwrap_or_default(), body: &body });
+    let query = parts.uri.query().unwrap_or_default();
+    let ask = ask(name, query, &body);
+    api.admit(&principal, ask)?;
+    let (result, sequence) = handler(&Context { api, principal: &principal, query, body: &body });
+    if result.is_err() {
+        api.give_back(&principal, ask);
+    }
     // A refusal tells of the state as much as an answer does.
     api.durable(sequence).await?;
     result
+}
+
+/// What the throttle has to know. What the action will refuse costs no instances here.
+fn ask(action: &'static str, query: &str, body: &[u8]) -> Ask {
+    let paged = |form: Form<'_>| form.parameters().iter().any(|parameter| matches!(parameter.name, "maxResults" | "nextToken"));
+    let unbounded = !Form::parse(query, b"").is_ok_and(paged);
+    let instances = match action {
+        "RunInstances" => serde_json::from_slice(body).map_or(0, |Count { max_count }| max_count.try_into().unwrap_or(0)),
+        // The path names one.
+        _ => 1,
+    };
+    Ask { action, unbounded, instances }
+}
+
+/// The one field of a launch that the throttle needs.
+#[derive(Deserialize)]
+struct Count {
+    #[serde(rename = "maxCount", default = "one")]
+    max_count: i32,
 }
 
 /// A request on its way to its action.

@@ -24,6 +24,9 @@ pub struct Settings {
     pub public_pool: RangeInclusive<Ipv4Addr>,
     /// Names of the zones, `us-east-1a` and on.
     pub zones: Vec<String>,
+    /// Requests beyond the rates of EC2 are refused, see [`crate::throttle`].
+    #[serde(default)]
+    pub throttle: bool,
     /// The certificate that cards know us by.
     pub tls: Tls,
     /// The cards of the region.
@@ -158,6 +161,7 @@ mod tests {
     #[test]
     fn settings_are_read_and_wrong_ones_named() {
         assert_eq!(check("region", "region"), Ok(()));
+        assert_eq!(check("region =", "throttle = true\nregion ="), Ok(()));
         for (from, to, message) in [
             ("us-east-1b", "us-east-1a", "zones: one is named twice"),
             ("us-east-1b", "us-west-1b", "zones: us-west-1b is not us-east-1 and a letter"),
@@ -165,6 +169,7 @@ mod tests {
             ("100.16-", "100.16 ", "is not FIRST-LAST"),
             ("key = \"Cargo", "key = \"Cargo-", "tls.key: there is no file Cargo-.toml"),
             ("listen", "lisen", "unknown field `lisen`"),
+            ("region =", "throttle = \"on\"\nregion =", "invalid type: string \"on\", expected a boolean"),
         ] {
             let error = check(from, to).unwrap_err();
             assert!(error.contains(message), "{error}");

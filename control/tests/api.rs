@@ -12,6 +12,7 @@ use control::model::{Card, Time};
 use control::resource::account::{Credentials, create_account};
 use control::resource::image;
 use control::server;
+use control::throttle::Throttle;
 use control::world::{Region, World, Zone};
 use sigv4::{Request, Signer};
 
@@ -44,6 +45,10 @@ impl Answer {
 
 impl Server {
     fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    fn start_with(throttle: Option<Throttle>) -> Self {
         let zone = |letter: char, number: u8| Zone { name: format!("us-east-1{letter}"), id: format!("use1-az{number}") };
         let public_pool = Ipv4Addr::new(198, 51, 100, 16)..=Ipv4Addr::new(198, 51, 100, 250);
         let region = Region { name: "us-east-1".into(), zones: vec![zone('a', 1), zone('b', 2)], public_pool };
@@ -52,7 +57,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
-        let api = Api::new(world.clone(), None);
+        let api = Api::new(world.clone(), None, throttle);
         runtime.spawn(server::serve(listener, api.router(), std::future::pending()));
         Self { address, credentials: created.unwrap(), world, _runtime: runtime }
     }
@@ -234,6 +239,42 @@ fn a_dry_run_changes_nothing() {
     server.ec2("Action=CreateVpc&CidrBlock=10.9.0.0%2F16").is(200, "<cidrBlock>10.9.0.0/16</cidrBlock>");
     assert_eq!(count(), before + 1);
     server.ec2("Action=CreateVpc&CidrBlock=10.9.0.0%2F99&DryRun=true").is(400, "Invalid");
+}
+
+#[test]
+fn who_asks_too_often_is_refused_on_both_skins_and_nothing_is_done() {
+    let server = Server::start_with(Some(Throttle::default()));
+    let image = server.furnish();
+    let query =
+        |count: u32| server.ec2(&format!("Action=RunInstances&ImageId={image}&InstanceType=t3.nano&MinCount={count}&MaxCount={count}"));
+    let rest = |count: u32| {
+        let body = format!(r#"{{"imageId": "{image}", "instanceType": "t3.nano", "minCount": {count}, "maxCount": {count}}}"#);
+        server.rest("POST", "/api/v1/instances", &body)
+    };
+    // More than the resource bucket holds.
+    query(1_001).is_error(503, "RequestLimitExceeded");
+    rest(1_001).is(503, r#"{"error":{"code":"RequestLimitExceeded","message":"Request limit exceeded."}"#);
+    // The skins share the request bucket of five, which gains two a second while we ask.
+    let (mut launched, mut refused) = (0, Vec::new());
+    while refused.len() < 2 {
+        for answer in [query(1), rest(1)] {
+            match answer.status {
+                200 => launched += 1,
+                _ => refused.push(answer),
+            }
+        }
+        assert!(launched < 40, "never refused");
+    }
+    assert!(5 <= launched, "{launched}: {refused:?}");
+    for answer in &refused {
+        answer.is(503, "RequestLimitExceeded");
+    }
+    assert_eq!(server.ec2("Action=DescribeInstances").body.matches("<instanceId>").count(), launched);
+    // Who cannot prove who he is takes from nobody's bucket, and is told so.
+    server.send("POST", "/", &[], "Action=RunInstances&Version=2016-11-15").is_error(403, "MissingAuthenticationToken");
+    let metrics = server.send("GET", "/metrics", &[], "");
+    metrics.is(200, r#"cardinal_api_throttled_total{action="RunInstances",bucket="resource"} 2"#);
+    metrics.is(200, &format!(r#"cardinal_api_throttled_total{{action="RunInstances",bucket="request"}} {}"#, refused.len()));
 }
 
 #[test]

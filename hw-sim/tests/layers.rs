@@ -1,6 +1,6 @@
 //! Who may know whom: the crate edges of the project, proved from `cargo metadata`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// Each crate with all that it may depend on inside the project.
 const ALLOWED: &[(&str, &[&str])] = &[
@@ -21,35 +21,47 @@ const ALLOWED: &[(&str, &[&str])] = &[
 ];
 
 /// What the packet and block paths must not know, by crate name.
-const FORBIDDEN_BELOW: &[&str] = &["tokio", "tonic", "prost", "serde", "getrandom", "rand"];
+const FORBIDDEN_BELOW: &[&str] = &["tokio", "tonic", "prost", "getrandom", "rand"];
 
-fn metadata() -> cargo_metadata::Metadata {
-    cargo_metadata::MetadataCommand::new()
-        .manifest_path(hw_sim::project_root().join("Cargo.toml"))
-        .no_deps()
-        .exec()
-        .expect("cargo metadata")
+/// Every crate of the project with the names of its normal dependencies.
+fn crates() -> BTreeMap<String, Vec<String>> {
+    let output = std::process::Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .current_dir(hw_sim::project_root())
+        .output()
+        .expect("cargo metadata");
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("metadata is JSON");
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let packages = metadata["packages"].as_array().expect("packages");
+    packages
+        .iter()
+        .map(|package| {
+            let dependencies = package["dependencies"].as_array().expect("dependencies");
+            // A normal dependency has the kind null.
+            let normal = dependencies.iter().filter(|dependency| dependency["kind"].is_null());
+            (text(&package["name"]), normal.map(|dependency| text(&dependency["name"])).collect())
+        })
+        .collect()
 }
 
 #[test]
 fn crates_know_only_what_is_below_them() {
-    let metadata = metadata();
-    let members: BTreeSet<&str> = metadata.packages.iter().map(|package| package.name.as_str()).collect();
-    let allowed: BTreeMap<&str, BTreeSet<&str>> = ALLOWED.iter().map(|(name, edges)| (*name, edges.iter().copied().collect())).collect();
-    for package in &metadata.packages {
-        let edges = allowed.get(package.name.as_str()).unwrap_or_else(|| panic!("crate {} has no row in this test", package.name));
-        for dependency in package.dependencies.iter().filter(|dependency| dependency.kind == cargo_metadata::DependencyKind::Normal) {
-            let name = dependency.name.as_str();
-            assert!(!members.contains(name) || edges.contains(name), "{} must not know {name}", package.name);
+    let crates = crates();
+    for (name, dependencies) in &crates {
+        let (_, allowed) =
+            ALLOWED.iter().find(|(known, _)| known == name).unwrap_or_else(|| panic!("crate {name} has no row in this test"));
+        for dependency in dependencies.iter().filter(|dependency| crates.contains_key(*dependency)) {
+            assert!(allowed.contains(&dependency.as_str()), "{name} must not know {dependency}");
         }
     }
 }
 
 #[test]
-fn packet_and_block_paths_know_no_runtime_no_wire_format_and_no_chance() {
-    for package in metadata().packages.iter().filter(|package| ["dataplane", "storage-target"].contains(&package.name.as_str())) {
-        for dependency in package.dependencies.iter().filter(|dependency| dependency.kind == cargo_metadata::DependencyKind::Normal) {
-            assert!(!FORBIDDEN_BELOW.contains(&dependency.name.as_str()), "{} must not know {}", package.name, dependency.name);
+fn packet_and_block_paths_know_no_runtime_no_rpc_and_no_chance() {
+    let crates = crates();
+    for name in ["dataplane", "storage-target"] {
+        for dependency in &crates[name] {
+            assert!(!FORBIDDEN_BELOW.contains(&dependency.as_str()), "{name} must not know {dependency}");
         }
     }
 }

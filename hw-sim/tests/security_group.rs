@@ -72,7 +72,7 @@ fn groups_open_and_close_ports_and_addresses_move() {
     // A tracked connection outlives its rule; a new one does not get in.
     let _ = region.call("AuthorizeSecurityGroupIngress", &anywhere);
     std::thread::sleep(Duration::from_secs(1));
-    let _ = region.ssh(&server, "sudo killall nc; setsid sh -c 'while :; do nc -l -p 8080 -e cat; done' >/dev/null 2>&1 &");
+    let _ = region.ssh(&server, "sudo killall sh nc; setsid sh -c 'while :; do nc -l -p 8080 -e cat; done' >/dev/null 2>&1 &");
     std::thread::sleep(Duration::from_millis(500));
     let talk = format!("(echo one; sleep 6; echo two; sleep 1) | nc {} 8080", server.private_address);
     let mut connection = region.ssh_command(&client);

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use card_proto::host::{self, function, Block};
+use card_proto::host::{self, Block, function};
 
 use crate::object::Id;
 use crate::port::socket_name;

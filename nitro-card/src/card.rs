@@ -100,7 +100,7 @@ impl Handle {
         let _ = self.0.send(Message::Host { link, event });
     }
 
-    /// Ends the card's thread. Guests, sockets and desired state stay.
+    /// Ends the card's thread. Disks are flushed; guests and desired state stay.
     pub fn stop(&self) {
         let _ = self.0.send(Message::Stop);
     }
@@ -274,7 +274,7 @@ impl Card {
         let synced = self.store.commit();
         for reply in self.replies.drain(..) {
             // A caller that gave up needs no answer.
-            let _ = reply.send(synced.as_ref().map(|()| ()).map_err(|error| Refusal::Disk(io::Error::other(error.to_string()))));
+            let _ = reply.send(synced.as_ref().copied().map_err(|error| Refusal::Disk(io::Error::other(error.to_string()))));
         }
         if let Err(error) = synced {
             tracing::error!(%error, "the desired state cannot be made durable; changes are refused");

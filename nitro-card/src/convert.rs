@@ -58,7 +58,11 @@ impl TryFrom<card::Instance> for Instance {
         let source = message.boot_source.unwrap_or_default();
         require(!source.kernel.is_empty() || source.initrd.is_empty(), "instance.boot_source.initrd", "comes with a kernel")?;
         let line = source.command_line;
-        require(line.len() <= 2048 && !line.contains(['\n', '\0']), "instance.boot_source.command_line", "is one line of at most 2048 bytes")?;
+        require(
+            line.len() <= 2048 && !line.contains(['\n', '\0']),
+            "instance.boot_source.command_line",
+            "is one line of at most 2048 bytes",
+        )?;
         let mut metadata = message.metadata.ok_or(Invalid { field: "instance.metadata", rule: "is required" })?;
         for key in &mut metadata.public_keys {
             // A key file ends with a line break; the key does not.
@@ -139,11 +143,7 @@ impl TryFrom<card::Port> for Port {
             egress: rules(message.egress, "port.egress")?,
             routes: message.routes.iter().map(route).collect::<Result<_, _>>()?,
             security_group_ids: message.security_group_ids,
-            dhcp: Dhcp {
-                hostname: dhcp.hostname,
-                domain: dhcp.domain,
-                dns: dhcp.dns.into_iter().take(16).map(Ipv4Addr::from).collect(),
-            },
+            dhcp: Dhcp { hostname: dhcp.hostname, domain: dhcp.domain, dns: dhcp.dns.into_iter().take(16).map(Ipv4Addr::from).collect() },
         })
     }
 }

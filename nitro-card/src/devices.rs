@@ -1,8 +1,8 @@
 //! What the card keeps in the world: sockets with servers behind them, volumes,
 //! links to kernels. Does the [`Work`] that the core asks for, and nothing else.
 //!
-//! Work that may take long or for ever (copying a kernel, flushing to a volume
-//! whose card is away) runs in a thread and reports its end; all else ends at
+//! Work that may take long (copying a kernel, flushing to a volume whose card is
+//! away) runs in a thread and reports its end; all else ends at
 //! once. Every action is written so that it can be repeated after a crash.
 
 use std::collections::HashMap;
@@ -17,8 +17,8 @@ use dataplane::io::vhost::{VhostControl, VhostPort};
 use dataplane::{Dataplane, PortId};
 use storage_target::{InitiatorSettings, Target, VolumeSpec};
 
-use crate::console::{Consoles, remove_file};
 use crate::attachment::Source;
+use crate::console::{Consoles, remove_file};
 use crate::converge::Work;
 use crate::disk::DiskServer;
 use crate::instance::{BootSource, initrd_link, kernel_link};
@@ -122,7 +122,7 @@ impl Devices {
             server.stop();
             report(stopped, Ok(()));
         };
-        // It waits for the volume as long as it takes, so it has a thread to itself.
+        // It may wait for a volume whose card is away, so it has a thread to itself.
         thread::Builder::new().name("disk-stop".into()).spawn(stop).err().map(|error| Err(text(error)))
     }
 
@@ -137,6 +137,17 @@ impl Devices {
 
     fn socket(&self, id: &Id) -> PathBuf {
         self.parts.link_dir.join(socket_name(id))
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        // All at the same time: each may wait for a volume whose card is away.
+        thread::scope(|scope| {
+            for (_, server) in self.disks.drain() {
+                scope.spawn(move || server.stop());
+            }
+        });
     }
 }
 

@@ -8,6 +8,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use card_proto::host::{ToCard, ToHost, to_card, to_host};
 use card_proto::mailbox::{Listener, MailboxError, Receiver, Sender};
@@ -18,6 +20,7 @@ use crate::object::Id;
 
 /// Messages on their way to a host that does not read; then the link is given up.
 const BACKLOG: usize = 4096;
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// What the card says to the host.
 pub trait Host: Send {
@@ -53,37 +56,56 @@ pub struct LinkCounters {
     pub ended_garbage: AtomicU64,
 }
 
-/// Listens in the slot for ever; `tell` takes the number of the link and what happened.
-///
-/// # Errors
-/// When the socket or a thread cannot be made.
-pub fn listen(
-    socket: &Path,
-    consoles: Arc<Consoles>,
-    counters: Arc<LinkCounters>,
-    tell: impl Fn(u64, HostEvent) + Clone + Send + 'static,
-) -> io::Result<()> {
-    let listener = Listener::bind(socket)?;
-    let accept = move || {
-        for number in 1.. {
-            match listener.accept() {
-                Ok(link) => {
-                    let (sender, receiver) = link.split();
-                    counters.connected.fetch_add(1, Ordering::Relaxed);
-                    let (consoles, counters, tell) = (consoles.clone(), counters.clone(), tell.clone());
-                    if let Err(error) = spawn(number, sender, receiver, consoles, counters, tell) {
-                        tracing::error!(%error, "no thread for the host's link");
+/// The card's end of the slot; dropping it ends the listening, not the links.
+pub struct Slot {
+    listener: Arc<Listener>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Slot {
+    /// Listens in the slot; `tell` takes the number of the link and what happened.
+    ///
+    /// # Errors
+    /// When the socket or a thread cannot be made.
+    pub fn listen(
+        socket: &Path,
+        consoles: Arc<Consoles>,
+        counters: Arc<LinkCounters>,
+        tell: impl Fn(u64, HostEvent) + Clone + Send + 'static,
+    ) -> io::Result<Self> {
+        let listener = Arc::new(Listener::bind(socket)?);
+        let accepting = listener.clone();
+        let accept = move || {
+            for number in 1.. {
+                match accepting.accept() {
+                    Ok(link) => {
+                        let (sender, receiver) = link.split();
+                        counters.connected.fetch_add(1, Ordering::Relaxed);
+                        let (consoles, counters, tell) = (consoles.clone(), counters.clone(), tell.clone());
+                        if let Err(error) = spawn(number, sender, receiver, consoles, counters, tell) {
+                            tracing::error!(%error, "no thread for the host's link");
+                        }
+                    }
+                    Err(MailboxError::Closed) => return,
+                    Err(error) => {
+                        tracing::warn!(%error, "a host could not connect");
+                        std::thread::sleep(ACCEPT_RETRY);
                     }
                 }
-                Err(MailboxError::Closed) => return,
-                Err(error) => {
-                    tracing::warn!(%error, "a host could not connect");
-                    std::thread::sleep(std::time::Duration::from_millis(100));
-                }
             }
+        };
+        let thread = std::thread::Builder::new().name("host-accept".into()).spawn(accept)?;
+        Ok(Self { listener, thread: Some(thread) })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.listener.close();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that waits for the host had panicked");
         }
-    };
-    std::thread::Builder::new().name("host-accept".into()).spawn(accept).map(drop)
+    }
 }
 
 fn spawn(

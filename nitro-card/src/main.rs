@@ -1,5 +1,6 @@
 //! nitro-card: the daemon of one card.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
@@ -29,7 +30,8 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("start tokio")?;
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
@@ -43,8 +45,7 @@ fn main() -> anyhow::Result<()> {
         })
         .await
     });
-    // Servers of disks and ports are not taken down in order: their sockets and
-    // what guests have in flight are for the next start of the card.
+    // At once: a thread that waits for a guest or a host waits for nothing any more.
     match result {
         Ok(()) => std::process::exit(0),
         Err(error) => {

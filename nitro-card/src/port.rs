@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use card_proto::host::{self, function, Net};
+use card_proto::host::{self, Net, function};
 use dataplane::{Dhcp, GroupId, Mac, PortConfig, PortId, Prefix, Protocol, Route, Vni};
 
 use crate::object::Id;

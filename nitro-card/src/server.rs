@@ -19,11 +19,11 @@ use std::time::Duration;
 
 use card_proto::card::card_server::{Card, CardServer};
 use card_proto::card::{
-    ConsoleBytes, ConsoleInput, ConsoleOutputReply, ConsoleOutputRequest, DeleteReply, DeleteRequest, Event, Kind, PutReply,
-    PutRequest, WatchRequest,
+    ConsoleBytes, ConsoleInput, ConsoleOutputReply, ConsoleOutputRequest, DeleteReply, DeleteRequest, Event, Kind, PutReply, PutRequest,
+    WatchRequest,
 };
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::service::interceptor::InterceptedService;
@@ -72,19 +72,24 @@ pub async fn serve(
         .identity(Identity::from_pem(credentials.certificate, credentials.key))
         .client_ca_root(Certificate::from_pem(credentials.authority))
         .timeout(Duration::from_secs(10));
-    let service = CardServer::new(Service { card, consoles }).max_decoding_message_size(MESSAGE_MAX);
+    let (closing, closed) = watch::channel(());
+    let stopped = async move {
+        stopped.await;
+        // Streams end with this, and connections with their streams.
+        drop(closing);
+    };
+    let service = CardServer::new(Service { card, consoles, closed }).max_decoding_message_size(MESSAGE_MAX);
     let listener = tokio::net::TcpListener::bind(listen).await?;
     tracing::info!(address = %listener.local_addr()?, "control may connect");
-    Server::builder()
+    let server = Server::builder()
         .tls_config(tls)?
         .tcp_nodelay(true)
         // A control node that is cut off holds nothing for long.
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(InterceptedService::new(service, only_control))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped)
-        .await?;
-    Ok(())
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped);
+    Ok(server.await?)
 }
 
 /// Lets a request through when its certificate, already verified against the
@@ -108,6 +113,8 @@ fn names_only_control(certificate: &[u8]) -> bool {
 struct Service {
     card: Handle,
     consoles: Arc<Consoles>,
+    /// Changes, to an error, when the card stops.
+    closed: watch::Receiver<()>,
 }
 
 #[tonic::async_trait]
@@ -136,11 +143,13 @@ impl Card for Service {
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let watcher = self.card.watch(request.into_inner().epoch).await.map_err(answer)?;
         let (events, stream) = mpsc::channel(STREAM_BACKLOG);
+        let mut closed = self.closed.clone();
         tokio::spawn(async move {
             loop {
                 let event = tokio::select! {
                     event = watcher.next() => event,
                     () = events.closed() => return,
+                    _ = closed.changed() => return,
                 };
                 let event = event.ok_or_else(|| Status::resource_exhausted("too slow: watch again"));
                 let last = event.is_err();
@@ -167,7 +176,7 @@ impl Card for Service {
         let id = id(&first.instance_id, "instance_id")?;
         let mut live = self.consoles.subscribe(&id).ok_or_else(|| Status::not_found("no such instance on this card"))?;
         let (bytes, output) = mpsc::channel(STREAM_BACKLOG);
-        let card = self.card.clone();
+        let (card, mut closed) = (self.card.clone(), self.closed.clone());
         tokio::spawn(async move {
             keys(&card, &id, first.data);
             let mut typing = true;
@@ -188,6 +197,7 @@ impl Card for Service {
                         _ => typing = false,
                     },
                     () = bytes.closed() => return,
+                    _ = closed.changed() => return,
                 }
             }
         });

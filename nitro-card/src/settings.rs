@@ -123,9 +123,17 @@ pub struct Storage {
 #[allow(missing_docs)] // the messages name the fields
 pub enum SettingsError {
     #[error("read {path}")]
-    Read { path: PathBuf, #[source] source: std::io::Error },
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("understand {path}")]
-    Parse { path: PathBuf, #[source] source: toml::de::Error },
+    Parse {
+        path: PathBuf,
+        #[source]
+        source: toml::de::Error,
+    },
     #[error("setting `{setting}` {rule}")]
     Invalid { setting: &'static str, rule: &'static str },
 }
@@ -156,9 +164,8 @@ impl Settings {
 
     fn check(&self) -> Result<(), SettingsError> {
         let require = |holds: bool, setting, rule| if holds { Ok(()) } else { Err(SettingsError::Invalid { setting, rule }) };
-        let name = |text: &str| {
-            (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-        };
+        let name =
+            |text: &str| (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         require(name(&self.id), "id", "is 1 to 63 characters of a-z, 0-9 and -")?;
         require(name(&self.zone), "zone", "is 1 to 63 characters of a-z, 0-9 and -")?;
         require(!self.roles.is_empty(), "roles", "names at least one of compute, storage")?;

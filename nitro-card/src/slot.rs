@@ -33,7 +33,11 @@ enum State<B> {
     Full(B),
     Draining,
     /// Anything may be there. `wanted`: with what it could not be filled, or `None` when it could not be drained.
-    Failed { wanted: Option<B>, message: String, retry_at: Duration },
+    Failed {
+        wanted: Option<B>,
+        message: String,
+        retry_at: Duration,
+    },
 }
 
 /// What the owner has to do.

@@ -3,8 +3,8 @@
 //!
 //! The order: storage target, packet path, metadata service, the card's thread
 //! (which converges from its own disk), the host's link, and the API last, so
-//! that control never finds half a card. Stopping leaves guests, sockets and
-//! desired state as they are: guests go on, their I/O waits for the next start.
+//! that control never finds half a card. Stopping flushes disks and leaves guests
+//! and desired state as they are: guests go on, their I/O waits for the next start.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -25,7 +25,7 @@ use crate::console::Consoles;
 use crate::converge::Config;
 use crate::desired::Store;
 use crate::devices::Parts;
-use crate::host::{self, LinkCounters};
+use crate::host::{LinkCounters, Slot};
 use crate::imds::{self, Subjects, token::TokenKey};
 use crate::metrics::{self, Sources};
 use crate::server::{self, Credentials};
@@ -96,18 +96,27 @@ pub async fn run(settings: Settings, stopped: impl Future<Output = ()>) -> anyho
     let card = Card::new(store, config, hello, parts, subjects, handle.clone()).context("make the card")?;
     let thread = card.start(inbox)?;
     let link = Arc::new(LinkCounters::default());
-    if settings.has(Role::Compute) {
-        let tell = { let handle = handle.clone(); move |number, event| handle.host(number, event) };
-        host::listen(&settings.link_dir.join(SLOT), consoles.clone(), link.clone(), tell).context("listen for the host")?;
-    }
+    let slot = if settings.has(Role::Compute) {
+        let telling = handle.clone();
+        let tell = move |number, event| telling.host(number, event);
+        let socket = settings.link_dir.join(SLOT);
+        Some(Slot::listen(&socket, consoles.clone(), link.clone(), tell).context("listen for the host")?)
+    } else {
+        None
+    };
     let listener = tokio::net::TcpListener::bind(settings.metrics_listen).await;
     let listener = listener.with_context(|| format!("listen on {} for metrics", settings.metrics_listen))?;
     let sources = Sources { card: handle.clone(), dataplane, target: target.clone(), link, imds: imds_counters };
-    tokio::spawn(metrics::serve(listener, sources));
+    let metrics = tokio::spawn(metrics::serve(listener, sources));
 
     let served = server::serve(settings.listen, credentials, handle.clone(), consoles, stopped).await;
+    metrics.abort();
     handle.stop();
-    if tokio::task::spawn_blocking(move || thread.join()).await.is_ok_and(|joined| joined.is_err()) {
+    let ended = move || {
+        drop(slot);
+        thread.join()
+    };
+    if tokio::task::spawn_blocking(ended).await.is_ok_and(|joined| joined.is_err()) {
         tracing::error!("the card's thread had panicked");
     }
     if let Some(target) = target {
@@ -153,7 +162,8 @@ fn open(device: Device, interface: Option<&str>, netns: Option<&Path>) -> anyhow
         Device::Dpdk => {
             use dataplane::io::dpdk::DpdkPort;
             // A name of the kernel has neither a comma nor a colon; device arguments and PCI addresses have.
-            let port = if interface.contains([',', ':']) { DpdkPort::open(interface, netns) } else { DpdkPort::open_interface(interface, netns) };
+            let port =
+                if interface.contains([',', ':']) { DpdkPort::open(interface, netns) } else { DpdkPort::open_interface(interface, netns) };
             let port = port.with_context(|| format!("open {interface} by DPDK"))?;
             let mac = Mac(port.mac());
             Ok((Some(Box::new(port)), mac))

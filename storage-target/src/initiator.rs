@@ -12,13 +12,18 @@
 //! [`Initiator::submit`] writes to the socket from the caller's thread; the initiator's thread reads, and runs
 //! completions. Both share [`Core`] under one lock, which no system call but a non-blocking write is made under.
 
+mod channel;
+mod link;
+
+pub(crate) use channel::*;
+use link::Link;
+
 use crate::nvme::{BLOCK, ConnectData, Cqe, MAX_QUEUE, MAX_TRANSFER, NSID, NvmeStatus, Sgl, Sqe, fabrics, opcode, property};
-use crate::pdu::{self, Data, Digests, Head, Header, Side};
+use crate::pdu::{self, Data, Digests, Header};
 use rustix::event::{Timespec, epoll};
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
+use std::io;
+use std::net::{Shutdown, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,13 +33,9 @@ const DEPTH: u16 = MAX_QUEUE - 1;
 /// The longest wait between two attempts to connect.
 const LONGEST_WAIT: Duration = Duration::from_millis(500);
 const FIRST_WAIT: Duration = Duration::from_millis(10);
-/// How long each step of connecting may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// KATO: after this much silence the target forgets the controller.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
-/// Pieces of one writev.
-const PIECES: usize = 64;
 const SCRATCH: usize = 256 * 1024;
 const ADMIN: u64 = 0;
 const IO: u64 = 1;
@@ -133,6 +134,8 @@ struct Core {
     size_bytes: Option<u64>,
     counters: InitiatorCounters,
     stopping: bool,
+    /// Ends of commands run: what they submit goes out with one write when all have run.
+    corked: bool,
 }
 
 struct Outstanding {
@@ -152,26 +155,6 @@ enum Prepared {
     Flush,
     WriteZeroes { lba: Lba, blocks: u32 },
     Deallocate { ranges: Arc<Vec<u8>> },
-}
-
-/// The sending half of a live I/O queue.
-struct Link {
-    stream: Arc<TcpStream>,
-    admin: Arc<TcpStream>,
-    epoll: Arc<OwnedFd>,
-    digests: Digests,
-    align: usize,
-    max_h2c_data: usize,
-    in_capsule: usize,
-    pieces: VecDeque<Piece>,
-    /// Bytes of the first piece that were sent.
-    offset: usize,
-    waits_for_room: bool,
-}
-
-enum Piece {
-    Head(Vec<u8>),
-    Data { data: Arc<Vec<u8>>, start: usize, end: usize },
 }
 
 impl Initiator {
@@ -198,6 +181,7 @@ impl Initiator {
                 size_bytes: None,
                 counters: InitiatorCounters::default(),
                 stopping: false,
+                corked: false,
             }),
             changed: Condvar::new(),
             settings,
@@ -348,7 +332,7 @@ impl Prepared {
 impl Core {
     /// Sends queued commands as far as the queue has entries, and whatever waits for the socket.
     fn pump(&mut self) {
-        let Some(link) = &mut self.link else { return };
+        let Some(link) = self.link.as_mut().filter(|_| !self.corked) else { return };
         while !self.queue.is_empty() {
             let Some(cid) = self.free.pop() else { break };
             let Some(mut command) = self.queue.pop_front() else { break };
@@ -376,87 +360,6 @@ impl Core {
             self.queue.push_front(command);
         }
     }
-}
-
-impl Link {
-    fn push(&mut self, header: &Header, data: Option<(usize, usize, Arc<Vec<u8>>)>) {
-        let len = data.as_ref().map_or(0, |(start, end, _)| end - start);
-        if !matches!(self.pieces.back(), Some(Piece::Head(_))) {
-            self.pieces.push_back(Piece::Head(Vec::with_capacity(128)));
-        }
-        if let Some(Piece::Head(head)) = self.pieces.back_mut() {
-            pdu::encode(head, header, len, self.digests, self.align);
-        }
-        if let Some((start, end, data)) = data {
-            let digest = self.digests.data.then(|| crc32c::crc32c(data.get(start..end).unwrap_or_default()));
-            self.pieces.push_back(Piece::Data { data, start, end });
-            if let Some(digest) = digest {
-                self.pieces.push_back(Piece::Head(digest.to_le_bytes().to_vec()));
-            }
-        }
-    }
-
-    /// Writes as much as the socket takes. A broken socket shows itself to the reader.
-    fn send(&mut self) {
-        while !self.pieces.is_empty() {
-            let mut slices = [IoSlice::new(&[]); PIECES];
-            let mut used = 0;
-            for (slot, piece) in slices.iter_mut().zip(&self.pieces) {
-                let bytes = match piece {
-                    Piece::Head(bytes) => bytes.as_slice(),
-                    Piece::Data { data, start, end } => data.get(*start..*end).unwrap_or_default(),
-                };
-                let skip = if used == 0 { self.offset } else { 0 };
-                *slot = IoSlice::new(bytes.get(skip..).unwrap_or_default());
-                used += 1;
-            }
-            match (&*self.stream).write_vectored(slices.get(..used).unwrap_or_default()) {
-                Ok(count) => self.consume(count),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break,
-            }
-        }
-        if self.pieces.is_empty() == self.waits_for_room {
-            self.waits_for_room = !self.pieces.is_empty();
-            let out = if self.waits_for_room { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
-            let data = epoll::EventData::new_u64(IO);
-            let _ = epoll::modify(&*self.epoll, &*self.stream, data, epoll::EventFlags::IN | out);
-        }
-    }
-
-    fn consume(&mut self, count: usize) {
-        self.offset += count;
-        while let Some(piece) = self.pieces.front() {
-            let len = match piece {
-                Piece::Head(bytes) => bytes.len(),
-                Piece::Data { start, end, .. } => end - start,
-            };
-            if self.offset < len {
-                return;
-            }
-            self.offset -= len;
-            self.pieces.pop_front();
-        }
-    }
-}
-
-/// What breaks a connection.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum LinkError {
-    #[error("socket")]
-    Socket(#[from] io::Error),
-    #[error("the target broke the protocol: {0}")]
-    Protocol(&'static str),
-    #[error("{command}")]
-    Refused {
-        command: &'static str,
-        #[source]
-        status: NvmeStatus,
-    },
-    #[error("a command has to be tried again")]
-    Retry(#[source] NvmeStatus),
-    #[error("no answer to the keep alive")]
-    Silent,
 }
 
 impl Shared {
@@ -634,12 +537,15 @@ impl Shared {
         let mut ends = Vec::new();
         let mut core = self.core();
         let decoded = io.decode(bytes, |header, data| core.handle(header, data, &mut ends));
-        if decoded.is_ok() {
-            core.pump();
-        }
+        core.corked = true;
         drop(core);
         for (end, result) in ends {
             end(result);
+        }
+        let mut core = self.core();
+        core.corked = false;
+        if decoded.is_ok() {
+            core.pump();
         }
         decoded
     }
@@ -722,204 +628,5 @@ impl Core {
             ends.push((command.end, Err(status)));
         }
         Ok(())
-    }
-}
-
-pub(crate) fn connect_entry(queue: u16, entries: u16, keep_alive: Duration) -> Sqe {
-    let millis = u32::try_from(keep_alive.as_millis()).unwrap_or(u32::MAX);
-    Sqe::new(opcode::FABRICS, 0, fabrics::CONNECT.into())
-        .with(10, u32::from(queue) << 16)
-        .with(11, u32::from(entries) | 1 << (16 + 2)) // CATTR: no SQ flow control
-        .with(12, millis)
-}
-
-/// A stable host identifier: what the target compares, beside the NQN.
-pub(crate) fn host_id(nqn: &str) -> [u8; 16] {
-    let mut id = [0_u8; 16];
-    for (index, byte) in nqn.bytes().enumerate() {
-        if let Some(slot) = id.get_mut(index % 16) {
-            *slot = slot.rotate_left(3) ^ byte;
-        }
-    }
-    crate::bytes::put(&mut id, 0, &crc32c::crc32c(nqn.as_bytes()).to_le_bytes());
-    id
-}
-
-/// A socket and the reading of PDUs from it; blocking while connecting.
-pub(crate) struct Channel {
-    pub stream: Arc<TcpStream>,
-    digests: Digests,
-    align: usize,
-    max_h2c_data: usize,
-    /// The start of a PDU whose rest has not come.
-    input: Vec<u8>,
-    incoming: Option<Incoming>,
-}
-
-impl Channel {
-    pub fn open(address: SocketAddr, digests: Digests) -> Result<Self, LinkError> {
-        let stream = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(CONNECT_TIMEOUT))?;
-        stream.set_write_timeout(Some(CONNECT_TIMEOUT))?;
-        let mut channel =
-            Self { stream: Arc::new(stream), digests: Digests::default(), align: 4, max_h2c_data: 0, input: Vec::new(), incoming: None };
-        let mut bytes = Vec::new();
-        pdu::encode(&mut bytes, &Header::IcReq { pfv: 0, hpda: 0, digests, max_r2t: 0 }, 0, Digests::default(), 1);
-        (&*channel.stream).write_all(&bytes)?;
-        let mut answer = [0; 128];
-        (&*channel.stream).read_exact(&mut answer)?;
-        let head = pdu::decode(Side::Host, &answer, Digests::default(), false);
-        let Ok(Some(Head { header: Header::IcResp { pfv: 0, cpda, digests: agreed, max_h2c_data }, .. })) = head else {
-            return Err(LinkError::Protocol("no valid ICResp"));
-        };
-        if max_h2c_data < 4096 || cpda > 31 {
-            return Err(LinkError::Protocol("ICResp with values that cannot be"));
-        }
-        channel.digests = Digests { header: digests.header && agreed.header, data: digests.data && agreed.data };
-        channel.align = (usize::from(cpda) + 1) * 4;
-        channel.max_h2c_data = crate::bytes::narrow(max_h2c_data.into());
-        Ok(channel)
-    }
-
-    fn send(&mut self, sqe: &Sqe) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        pdu::encode(&mut bytes, &Header::Command { sqe: sqe.0 }, 0, self.digests, self.align);
-        (&*self.stream).write_all(&bytes)
-    }
-
-    /// Runs one command of connecting, with data in its capsule or `want` bytes of data in the answer.
-    pub fn run(&mut self, name: &'static str, sqe: Sqe, data: &[u8], want: u32) -> Result<(Cqe, Vec<u8>), LinkError> {
-        let len = crate::bytes::narrow32(data.len());
-        let sgl = if want > 0 { Sgl::Transport { len: want } } else { Sgl::InCapsule { offset: 0, len } };
-        let header = Header::Command { sqe: sqe.with_sgl(sgl).0 };
-        let mut bytes = Vec::new();
-        pdu::encode(&mut bytes, &header, data.len(), self.digests, self.align);
-        bytes.extend_from_slice(data);
-        if self.digests.data && !data.is_empty() {
-            bytes.extend_from_slice(&crc32c::crc32c(data).to_le_bytes());
-        }
-        (&*self.stream).write_all(&bytes)?;
-        let mut scratch = vec![0; 16 * 1024];
-        let (mut answer, mut page) = (None, Vec::new());
-        while answer.is_none() {
-            let bytes = self.receive(&mut scratch)?;
-            self.decode(bytes, |header, data| {
-                match header {
-                    Header::Response { cqe } => answer = Some(Cqe::decode(cqe)),
-                    Header::C2hData(part) => {
-                        page.extend_from_slice(data);
-                        if part.success {
-                            answer = Some(Cqe { dw0: 0, sq_head: 0, cid: part.cid, status: NvmeStatus::SUCCESS });
-                        }
-                    }
-                    _ => return Err(LinkError::Protocol("a PDU out of place")),
-                }
-                Ok(())
-            })?;
-        }
-        let cqe = answer.ok_or(LinkError::Protocol("no answer"))?;
-        if cqe.status != NvmeStatus::SUCCESS {
-            return Err(LinkError::Refused { command: name, status: cqe.status });
-        }
-        if page.len() < crate::bytes::narrow(want.into()) {
-            return Err(LinkError::Protocol("an answer without its data"));
-        }
-        Ok((cqe, page))
-    }
-
-    /// Reads once; the bytes of the PDUs that are not complete yet stand in front.
-    fn receive<'a>(&mut self, scratch: &'a mut [u8]) -> Result<&'a [u8], LinkError> {
-        let have = self.input.len();
-        if scratch.len() < have + 4096 {
-            return Err(LinkError::Protocol("a PDU larger than was asked for"));
-        }
-        let count = match (&*self.stream).read(scratch.get_mut(have..).unwrap_or_default())? {
-            0 => return Err(LinkError::Socket(io::ErrorKind::UnexpectedEof.into())),
-            count => count,
-        };
-        if let Some(kept) = scratch.get_mut(..have) {
-            kept.copy_from_slice(&self.input);
-        }
-        self.input.clear();
-        Ok(scratch.get(..have + count).unwrap_or_default())
-    }
-
-    /// Hands every PDU on: headers when they are complete, data of C2HData as it comes.
-    fn decode(&mut self, bytes: &[u8], mut handle: impl FnMut(&Header, &[u8]) -> Result<(), LinkError>) -> Result<(), LinkError> {
-        let mut rest = bytes;
-        loop {
-            if let Some(incoming) = &mut self.incoming {
-                rest = incoming.take(rest, &mut handle)?;
-                if !incoming.is_complete() {
-                    return Ok(());
-                }
-                self.incoming = None;
-            }
-            let head = pdu::decode(Side::Host, rest, self.digests, true);
-            let Some(head) = head.map_err(|_| LinkError::Protocol("a PDU that cannot be"))? else { break };
-            if let Header::C2hData(part) = head.header {
-                self.incoming = Some(Incoming { part, done: 0, crc: 0, digest: head.data_digest.then(Vec::new) });
-                rest = rest.get(head.data_at..).unwrap_or_default();
-                continue;
-            }
-            let Some(after) = rest.get(head.data_at + head.data_len..) else { break };
-            handle(&head.header, &[])?;
-            rest = after;
-        }
-        self.input.extend_from_slice(rest);
-        Ok(())
-    }
-}
-
-/// A C2HData PDU whose data is coming in.
-struct Incoming {
-    part: Data,
-    done: usize,
-    crc: u32,
-    /// Bytes of the digest that have come.
-    digest: Option<Vec<u8>>,
-}
-
-impl Incoming {
-    fn left(&self) -> usize {
-        crate::bytes::narrow(self.part.len.into()) - self.done
-    }
-
-    fn is_complete(&self) -> bool {
-        self.left() == 0 && self.digest.as_ref().is_none_or(|digest| digest.len() == 4)
-    }
-
-    /// Takes its bytes from the front and hands the data on; the last piece when the digest has been checked.
-    fn take<'a>(
-        &mut self,
-        bytes: &'a [u8],
-        handle: &mut impl FnMut(&Header, &[u8]) -> Result<(), LinkError>,
-    ) -> Result<&'a [u8], LinkError> {
-        let (data, mut rest) = bytes.split_at(self.left().min(bytes.len()));
-        let mut part = self.part;
-        part.offset = part.offset.saturating_add(crate::bytes::narrow32(self.done));
-        part.success = part.success && self.digest.is_none() && data.len() == self.left();
-        if !data.is_empty() {
-            self.done += data.len();
-            if self.digest.is_some() {
-                self.crc = crc32c::crc32c_append(self.crc, data);
-            }
-            handle(&Header::C2hData(part), data)?;
-        }
-        let all = self.left() == 0;
-        if let (true, Some(digest)) = (all, &mut self.digest) {
-            let (bytes, after) = rest.split_at(rest.len().min(4 - digest.len()));
-            digest.extend_from_slice(bytes);
-            rest = after;
-            if digest.len() == 4 {
-                if self.crc.to_le_bytes() != digest.as_slice() {
-                    return Err(LinkError::Protocol("data that does not fit its digest"));
-                }
-                let end = Data { offset: self.part.offset.saturating_add(self.part.len), ..self.part };
-                handle(&Header::C2hData(end), &[])?;
-            }
-        }
-        Ok(rest)
     }
 }

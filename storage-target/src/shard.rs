@@ -1,7 +1,8 @@
 //! One thread, its connections, its volumes: the target's loop.
 //!
 //! A turn: wait; read each ready socket once and decode everything; start the I/O of all commands as one
-//! batch; take what has ended; write each connection's answers at once. Nothing in a turn waits for a disk.
+//! batch; take what has ended; write each connection's answers at once. Nothing in a turn waits for a disk, but
+//! for what `io::uring` says about writes into the page cache.
 //!
 //! The first shard also accepts. A connection starts there; its Connect names a volume, and when another
 //! shard owns that volume the whole connection moves. From then on no data is shared between threads.
@@ -9,6 +10,9 @@
 //! One host, one writer. A volume's Connect is answered only when every request of earlier controllers of
 //! the volume has ended: when a card dies and starts again, a write that its old socket still held cannot
 //! land after a write of the new one. The same holds for a change of the volume's initiator.
+
+mod connect;
+mod manage;
 
 use crate::buffers::Buffers;
 use crate::connection::{Connection, Received};
@@ -67,8 +71,9 @@ impl Wake {
     }
 
     fn clear(&self) {
-        self.pending.store(false, Ordering::Release);
+        // In this order: a wake in between writes nothing, and its message is seen after this.
         let _ = rustix::io::read(&self.event, &mut [0_u8; 8]);
+        self.pending.store(false, Ordering::Release);
     }
 }
 
@@ -149,6 +154,10 @@ pub(crate) struct Shard {
     start: Instant,
     now: Duration,
     next_scan: Duration,
+    /// Requests that limits hold back, in all volumes.
+    throttled: usize,
+    /// The listener is not looked at until the next scan: accepting failed.
+    accept_paused: bool,
     stopping: bool,
 }
 
@@ -192,6 +201,8 @@ impl Shard {
             start: Instant::now(),
             now: Duration::ZERO,
             next_scan: SCAN,
+            throttled: 0,
+            accept_paused: false,
             stopping: false,
         })
     }
@@ -230,7 +241,11 @@ impl Shard {
     /// How long the next turn may sleep.
     fn timeout(&mut self) -> Option<Duration> {
         let now = self.start.elapsed();
-        let scan = (!self.connections.is_empty()).then(|| self.next_scan.saturating_sub(now));
+        let scans = self.accept_paused || !self.connections.is_empty();
+        let scan = scans.then(|| self.next_scan.saturating_sub(now));
+        if self.throttled == 0 {
+            return scan;
+        }
         let limits = self.volumes.iter_mut().filter_map(|(_, served)| {
             let (_, _, cost) = served.throttled.front()?;
             Some(served.qos.wait(now, *cost))
@@ -256,12 +271,16 @@ impl Shard {
         }
     }
 
-    /// Starts the batch and takes everything that has ended by then.
+    /// Starts the batch and takes what has ended by then, and again for what that started.
     fn input_output(&mut self) {
         loop {
             self.device.kick();
             let mut finished = std::mem::take(&mut self.finished);
             self.device.reap(&mut finished);
+            if finished.is_empty() {
+                self.finished = finished;
+                return self.finish_ended();
+            }
             for one in finished.drain(..) {
                 let volume = usize::try_from(one.token >> 32).unwrap_or(usize::MAX);
                 if let Some(served) = self.volumes.get_mut(volume) {
@@ -281,9 +300,6 @@ impl Shard {
                 }
             }
             self.finished = finished;
-            if self.ended.is_empty() {
-                return;
-            }
             self.finish_ended();
         }
     }
@@ -359,8 +375,9 @@ impl Shard {
                 Some(Ok((stream, _))) => stream,
                 Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Some(Err(error)) => {
-                    // Out of descriptors, or a connection that was gone at once: the next event tries again.
+                    // Mostly out of descriptors: trying again at once would spin.
                     tracing::warn!(%error, "accept");
+                    self.listen(false);
                     return;
                 }
                 None => return,
@@ -374,6 +391,14 @@ impl Shard {
             if let Err(error) = self.take_in(stream) {
                 tracing::warn!(%error, "connection not taken in");
             }
+        }
+    }
+
+    fn listen(&mut self, listens: bool) {
+        self.accept_paused = !listens;
+        let flags = if listens { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        if let Some(listener) = &self.listener {
+            let _ = epoll::modify(&self.epoll, listener, epoll::EventData::new_u64(LISTENER), flags);
         }
     }
 
@@ -480,6 +505,7 @@ impl Shard {
         if !free && (!served.throttled.is_empty() || served.qos.admit(self.now, cost).is_err()) {
             count(&self.shared.counting.throttled, 1);
             served.throttled.push_back((tag, request, cost));
+            self.throttled += 1;
             return;
         }
         served.volume.submit(&mut *self.device, tag, request);
@@ -487,12 +513,16 @@ impl Shard {
     }
 
     fn release_throttled(&mut self) {
+        if self.throttled == 0 {
+            return;
+        }
         for (_, served) in &mut self.volumes {
             while let Some((_, _, cost)) = served.throttled.front() {
                 if served.qos.admit(self.now, *cost).is_err() {
                     break;
                 }
                 if let Some((tag, request, _)) = served.throttled.pop_front() {
+                    self.throttled -= 1;
                     served.volume.submit(&mut *self.device, tag, request);
                 }
             }
@@ -563,320 +593,15 @@ impl Shard {
         }
     }
 
-    /// Executes the Connect of a new connection.
-    fn connect(&mut self, key: usize, slot: usize) {
-        let Some(command) = self.connections.get_mut(key).and_then(|connection| connection.command_mut(slot)) else {
-            return;
-        };
-        let sqe = command.sqe;
-        let data = match ConnectData::decode(command.buffer.get(..command.len).unwrap_or_default()) {
-            Ok(data) => data,
-            Err(at) => return self.refuse(key, slot, Refusal::data(at)),
-        };
-        if sqe.u16_at(40) != 0 {
-            return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_FORMAT));
-        }
-        let (id, entries) = (sqe.u16_at(42), sqe.u16_at(44));
-        if entries == 0 || entries >= MAX_QUEUE {
-            return self.refuse(key, slot, Refusal::entry(44));
-        }
-        let size = entries + 1;
-        let volume = if data.subsystem_nqn == DISCOVERY_NQN {
-            None
-        } else {
-            let place = nvme::volume_of_nqn(&data.subsystem_nqn).and_then(|id| self.shared.places().get(id).cloned());
-            let Some(place) = place else { return self.refuse(key, slot, Refusal::data(ConnectData::SUBSYSTEM_AT)) };
-            if place.shard != self.index {
-                return self.hand_over(key, slot, place.shard);
-            }
-            let found = self.volumes.iter().find(|(_, served)| nvme::volume_nqn(&served.spec.id) == data.subsystem_nqn);
-            let Some((volume, served)) = found else {
-                return self.refuse(key, slot, Refusal::data(ConnectData::SUBSYSTEM_AT));
-            };
-            if served.spec.initiator_nqn.as_ref() != Some(&data.host_nqn) {
-                tracing::warn!(volume = served.spec.id, host = data.host_nqn, "host refused");
-                count(&self.shared.counting.hosts_refused, 1);
-                return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_HOST));
-            }
-            Some(volume)
-        };
-        let host = Host { nqn: data.host_nqn, id: data.host_id };
-        let volume_key = volume.map(|volume| u32::try_from(volume).unwrap_or(u32::MAX));
-        let flow_control_off = sqe.dword(11) >> 16 & 1 << 2 != 0;
-        let queue = |controller| Queue::new(controller, volume_key, id, size, flow_control_off);
-        if id > 0 {
-            return match self.connect_io(key, id, &data.controller, volume_key, &host) {
-                Ok(()) => self.connected(key, slot, queue(data.controller)),
-                Err(refusal) => self.refuse(key, slot, refusal),
-            };
-        }
-        if data.controller != 0xffff {
-            return self.refuse(key, slot, Refusal::data(ConnectData::CONTROLLER_AT));
-        }
-        if let Some(volume) = volume {
-            self.cut(volume, None);
-            if let Some(served) = self.volumes.get_mut(volume)
-                && has_zombies(&self.connections, volume)
-            {
-                served.drains.push(Drain::Connect { connection: key, slot });
-                return;
-            }
-        }
-        let keep_alive = Duration::from_millis(sqe.dword(12).into());
-        let Some(controller) = self.controller_id() else {
-            return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_BUSY));
-        };
-        let new = Controller::new(controller, volume_key, host, key, keep_alive, self.now);
-        tracing::info!(controller, subsystem = data.subsystem_nqn, host = new.host.nqn, "host connected");
-        self.controllers.insert(controller, new);
-        self.connected(key, slot, queue(controller));
-    }
-
-    fn connect_io(&mut self, key: usize, id: u16, controller: &u16, volume: Option<u32>, host: &Host) -> Result<(), Refusal> {
-        let Some(controller) = self.controllers.get_mut(controller).filter(|found| found.volume == volume) else {
-            return Err(Refusal::data(ConnectData::CONTROLLER_AT));
-        };
-        if volume.is_none() || id > MAX_IO_QUEUES {
-            return Err(Refusal::entry(42));
-        }
-        if controller.host != *host {
-            count(&self.shared.counting.hosts_refused, 1);
-            return Err(Refusal::because(NvmeStatus::CONNECT_HOST));
-        }
-        if !controller.is_enabled() || controller.io.iter().any(|(used, _)| *used == id) {
-            return Err(Refusal::because(NvmeStatus::SEQUENCE));
-        }
-        controller.io.push((id, key));
-        controller.seen(self.now);
-        Ok(())
-    }
-
-    fn connected(&mut self, key: usize, slot: usize, queue: Queue) {
-        if let Some(connection) = self.connections.get_mut(key) {
-            connection.queue = Some(queue);
-        }
-        self.answer(key, slot, NvmeStatus::SUCCESS, queue.controller.into());
-    }
-
-    fn refuse(&mut self, key: usize, slot: usize, refusal: Refusal) {
-        count(&self.shared.counting.connects_refused, 1);
-        let busy = refusal.status == NvmeStatus::CONNECT_BUSY;
-        self.answer(key, slot, if busy { refusal.status } else { refusal.status.dnr() }, refusal.dw0);
-        if let Some(connection) = self.connections.get_mut(key) {
-            connection.close_soon(self.now);
-        }
-    }
-
-    fn hand_over(&mut self, key: usize, slot: usize, shard: usize) {
-        let Some(connection) = self.connections.try_remove(key) else { return };
-        let _ = epoll::delete(&self.epoll, connection.stream());
-        self.shared.send(shard, Message::Adopt { connection, slot });
-    }
-
-    /// An identifier that no controller has, going round so that an old one is not soon used again.
-    fn controller_id(&mut self) -> Option<u16> {
-        for _ in 0..0xfff0_u16 {
-            let id = self.next_controller;
-            self.next_controller = if id >= 0xffef { 1 } else { id + 1 };
-            if !self.controllers.contains_key(&id) {
-                return Some(id);
-            }
-        }
-        None
-    }
-
-    fn messages(&mut self) {
-        while let Ok(message) = self.inbox.try_recv() {
-            match message {
-                Message::Serve { opened, reply } => {
-                    self.serve(*opened);
-                    let _ = reply.send(());
-                }
-                Message::Update { spec, reply } => self.update(spec, reply),
-                Message::Remove { id, reply } => match self.volume_key(&id) {
-                    Some(volume) => {
-                        self.cut(volume, None);
-                        if let Some(served) = self.volumes.get_mut(volume) {
-                            served.drains.push(Drain::Remove(reply));
-                        }
-                        self.drain(volume);
-                    }
-                    None => drop(reply.send(())),
-                },
-                Message::Status { id, reply } => {
-                    let status = self.volume_key(&id).and_then(|volume| self.status(volume));
-                    let _ = reply.send(status);
-                }
-                Message::Adopt { connection, slot } => match self.register(connection) {
-                    Ok(key) => {
-                        self.connect(key, slot);
-                        self.touched.push(key);
-                    }
-                    Err(error) => tracing::warn!(%error, "connection not taken over"),
-                },
-                Message::Stop => self.stopping = true,
-            }
-        }
-    }
-
-    fn volume_key(&self, id: &str) -> Option<usize> {
-        self.volumes.iter().find(|(_, served)| served.spec.id == id).map(|(key, _)| key)
-    }
-
-    fn serve(&mut self, opened: Opened) {
-        let Opened { spec, files, folder } = opened;
-        let data = self.device.attach(files.data);
-        let clone = files.clone.map(|clone| CloneFiles {
-            image: self.device.attach(clone.image),
-            image_bytes: clone.image_bytes,
-            present: self.device.attach(clone.present),
-            durable: self.device.attach(clone.durable),
-            marks: clone.marks,
-            durable_marks: clone.durable_marks,
-        });
-        let entry = self.volumes.vacant_entry();
-        let key = u32::try_from(entry.key()).unwrap_or(u32::MAX);
-        entry.insert(Served {
-            volume: Volume::new(key, spec.size_bytes, data, clone, files.failed),
-            qos: Qos::new(spec.iops, spec.throughput_mib_s, self.now),
-            spec,
-            folder,
-            throttled: VecDeque::new(),
-            traffic: Traffic::default(),
-            failure_marked: files.failed,
-            drains: Vec::new(),
-        });
-    }
-
-    fn update(&mut self, spec: VolumeSpec, reply: Sender<()>) {
-        let Some(volume) = self.volume_key(&spec.id) else {
-            let _ = reply.send(());
-            return;
-        };
-        self.cut(volume, spec.initiator_nqn.as_deref());
-        let Some(served) = self.volumes.get_mut(volume) else { return };
-        let grown = spec.size_bytes > served.spec.size_bytes;
-        served.volume.grow(spec.size_bytes);
-        if (spec.iops, spec.throughput_mib_s) != (served.spec.iops, served.spec.throughput_mib_s) {
-            served.qos = Qos::new(spec.iops, spec.throughput_mib_s, self.now);
-        }
-        served.spec = spec;
-        served.drains.push(Drain::Reply(reply));
-        self.drain(volume);
-        if grown {
-            let key = u32::try_from(volume).ok();
-            let told: Vec<u16> = self.controllers.values().filter(|one| one.volume == key).map(|one| one.id).collect();
-            for id in told {
-                if let Some(controller) = self.controllers.get_mut(&id) {
-                    controller.namespace_changed();
-                }
-                self.events(id);
-            }
-        }
-    }
-
-    fn status(&self, volume: usize) -> Option<VolumeStatus> {
-        let served = self.volumes.get(volume)?;
-        let key = u32::try_from(volume).ok();
-        Some(VolumeStatus {
-            spec: served.spec.clone(),
-            connected: self.controllers.values().any(|controller| controller.volume == key),
-            failed: served.volume.has_failed(),
-            allocated_bytes: 0,
-            reads: served.traffic.reads,
-            writes: served.traffic.writes,
-            read_bytes: served.traffic.read_bytes,
-            write_bytes: served.traffic.write_bytes,
-        })
-    }
-
-    /// Cuts every controller of a volume off, but for those of the host `keep`.
-    fn cut(&mut self, volume: usize, keep: Option<&str>) {
-        let key = u32::try_from(volume).ok();
-        let gone: Vec<usize> = self
-            .controllers
-            .values()
-            .filter(|controller| controller.volume == key && Some(controller.host.nqn.as_str()) != keep)
-            .map(|controller| controller.admin)
-            .collect();
-        for admin in gone {
-            count(&self.shared.counting.controllers_cut, 1);
-            self.kill(admin);
-        }
-    }
-
-    /// Closes a connection; with an admin queue goes its controller and all of its queues.
-    fn kill(&mut self, key: usize) {
-        let Some(connection) = self.connections.get_mut(key).filter(|connection| !connection.dead) else { return };
-        connection.dead = true;
-        let _ = epoll::delete(&self.epoll, connection.stream());
-        let _ = connection.stream().shutdown(std::net::Shutdown::Both);
-        let queue = connection.queue;
-        if let Some(served) = queue.and_then(|queue| self.volumes.get_mut(crate::bytes::narrow(queue.volume?.into()))) {
-            let before = served.throttled.len();
-            served.throttled.retain(|(tag, ..)| untag(*tag).0 != key);
-            connection.executing -= (before - served.throttled.len()).min(connection.executing);
-        }
-        if connection.executing == 0 {
-            self.bury(key);
-        }
-        let Some(queue) = queue else { return };
-        if queue.id > 0 {
-            if let Some(controller) = self.controllers.get_mut(&queue.controller) {
-                controller.io.retain(|(_, connection)| *connection != key);
-            }
-        } else if let Some(controller) = self.controllers.remove(&queue.controller) {
-            tracing::info!(controller = controller.id, host = controller.host.nqn, "host disconnected");
-            for (_, connection) in controller.io {
-                self.kill(connection);
-            }
-        }
-    }
-
-    /// Forgets a dead connection whose requests have ended.
-    fn bury(&mut self, key: usize) {
-        let Some(connection) = self.connections.try_remove(key) else { return };
-        if let Some(volume) = connection.queue.and_then(|queue| queue.volume) {
-            self.drain(crate::bytes::narrow(volume.into()));
-        }
-    }
-
-    /// Goes on with what waited for a volume's last requests, if they have ended.
-    fn drain(&mut self, volume: usize) {
-        let Some(served) = self.volumes.get_mut(volume) else { return };
-        if served.drains.is_empty() || has_zombies(&self.connections, volume) {
-            return;
-        }
-        let idle = served.volume.is_idle();
-        for drain in std::mem::take(&mut served.drains) {
-            match drain {
-                Drain::Connect { connection, slot } => {
-                    if self.connections.get(connection).is_some_and(|waiting| waiting.queue.is_none() && !waiting.dead) {
-                        self.connect(connection, slot);
-                    }
-                }
-                Drain::Reply(reply) => drop(reply.send(())),
-                Drain::Remove(reply) if idle => {
-                    if let Some(served) = self.volumes.try_remove(volume) {
-                        served.volume.files().into_iter().for_each(|file| self.device.detach(file));
-                    }
-                    let _ = reply.send(());
-                }
-                Drain::Remove(reply) => {
-                    if let Some(served) = self.volumes.get_mut(volume) {
-                        served.drains.push(Drain::Remove(reply));
-                    }
-                }
-            }
-        }
-    }
-
     /// Looks at the timers.
     fn scan(&mut self) {
         if self.now < self.next_scan {
             return;
         }
         self.next_scan = self.now + SCAN;
+        if self.accept_paused {
+            self.listen(true);
+        }
         let late: Vec<usize> = self
             .connections
             .iter()
@@ -891,28 +616,6 @@ impl Shard {
         for key in over.into_iter().chain(expired) {
             self.kill(key);
         }
-    }
-}
-
-/// Why a Connect is refused: a status, and for bad parameters where they stand.
-struct Refusal {
-    status: NvmeStatus,
-    dw0: u64,
-}
-
-impl Refusal {
-    fn because(status: NvmeStatus) -> Self {
-        Self { status, dw0: 0 }
-    }
-
-    /// A field of the Connect data.
-    fn data(at: u16) -> Self {
-        Self { status: NvmeStatus::CONNECT_INVALID, dw0: u64::from(at) | 1 << 16 }
-    }
-
-    /// A field of the submission queue entry.
-    fn entry(at: u16) -> Self {
-        Self { status: NvmeStatus::CONNECT_INVALID, dw0: at.into() }
     }
 }
 

@@ -1,12 +1,14 @@
 //! Volumes on the file system: one folder each.
 //!
-//!     DIR/lock                         held by the process that serves the folder
-//!     DIR/volumes/ID/volume.json       what the volume is; replaced by rename
-//!     DIR/volumes/ID/data              the volume's own blocks, sparse
-//!     DIR/volumes/ID/image             a clone's image: a hard link, so that it outlives the image store's entry
-//!     DIR/volumes/ID/present, durable  a clone's maps, see `volume`
-//!     DIR/volumes/ID/failed            there after a flush failed: no more writes
-//!     DIR/volumes/.ID.new, .ID.gone    a volume being made or removed; swept at start
+//! ```text
+//! DIR/lock                         held by the process that serves the folder
+//! DIR/volumes/ID/volume.json       what the volume is; replaced by rename
+//! DIR/volumes/ID/data              the volume's own blocks, sparse
+//! DIR/volumes/ID/image             a clone's image: a hard link, so that it outlives the image store's entry
+//! DIR/volumes/ID/present, durable  a clone's maps, see `volume`
+//! DIR/volumes/ID/failed            there after a flush failed: no more writes
+//! DIR/volumes/.ID.new, .ID.gone    a volume being made or removed; swept at start
+//! ```
 //!
 //! A folder appears and disappears by one rename, so a crash leaves a volume whole or not at all.
 

@@ -169,5 +169,9 @@ fn run(command: Command) -> Result<ExitCode> {
 /// Prints what came, and fails the command when it was an error.
 fn print(answer: &Answer) -> Result<ExitCode> {
     writeln!(std::io::stdout(), "{}", answer.body.trim_end())?;
-    Ok(if answer.is_error() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    if answer.is_error() {
+        eprintln!("HTTP {}", answer.status);
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,10 +1,12 @@
 //! Instances.
 //!
-//!     pending (0) --> running (16) --> stopping (64) --> stopped (80) --> pending
-//!        |               |                |                 |
-//!        +---------------+-------+--------+-----------------+
-//!                                v
-//!                       shutting-down (32) --> terminated (48) --> forgotten after an hour
+//! ```text
+//! pending (0) --> running (16) --> stopping (64) --> stopped (80) --> pending
+//!    |               |                |                 |
+//!    +---------------+-------+--------+-----------------+
+//!                            v
+//!                   shutting-down (32) --> terminated (48) --> forgotten after an hour
+//! ```
 //!
 //! Requests move to pending, stopping and shutting-down; what the cards report
 //! moves on from there ([`crate::reconcile`]). A claim on a host stands from

@@ -1,7 +1,9 @@
 //! EBS volumes.
 //!
-//!     creating -> available -> in-use -> available -> deleting -> (gone)
-//!                              attaching -> attached -> detaching
+//! ```text
+//! creating -> available -> in-use -> available -> deleting -> (gone)
+//!                          attaching -> attached -> detaching
+//! ```
 //!
 //! A storage card of the zone keeps the volume from creation on. Requests move
 //! to creating, in-use/attaching, detaching and deleting; the reconciler moves on

@@ -5,23 +5,20 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// The daemons and the operator's command, by package.
-const PACKAGES: &[&str] = &["nitro-card", "thin-hv", "control", "cli"];
-
-/// Cargo's features for this machine; the same for every cargo call, so that
-/// nothing compiles twice.
-pub fn features(dpdk: bool) -> Vec<&'static str> {
-    if dpdk { vec!["--features", "nitro-card/dpdk"] } else { Vec::new() }
+/// What every cargo call is about: all crates that need no system library,
+/// with the features of this machine. One selection means that nothing
+/// compiles twice.
+pub fn selection(dpdk: bool) -> Vec<&'static str> {
+    let mut words = vec!["--workspace", "--exclude", "dpdk-sys"];
+    if dpdk {
+        words.extend(["--features", "nitro-card/dpdk"]);
+    }
+    words
 }
 
 /// Builds every daemon; cargo draws its own progress.
 pub fn daemons(dpdk: bool) -> Result<()> {
-    let mut command = cargo();
-    command.arg("build");
-    for package in PACKAGES {
-        command.args(["--package", package]);
-    }
-    let status = command.args(features(dpdk)).status().context("cargo build")?;
+    let status = cargo().arg("build").args(selection(dpdk)).status().context("cargo build")?;
     if !status.success() {
         bail!("the daemons did not build: {status}");
     }

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use crate::progress::Step;
 use crate::tenant::Tenant;
 use crate::wire::{self, Wire};
-use crate::{Machine, Up, build, image, packages};
+use crate::{Machine, Throttle, Up, build, image, packages};
 
 const REGION: &str = "us-east-1";
 /// What a simulated host has: mapped onto the real machine, and said so.
@@ -224,11 +224,12 @@ impl Region {
         issue(&cardinal, &tls, "control")?;
         let text = format!(
             "region = \"{REGION}\"\nlisten = \"{listen}\"\nstate_dir = \"{state}\"\nimages_dir = \"{images}\"\npublic_pool = \"{pool}\"\n\
-             zones = {zones:?}\n\n[tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/control.pem\"\nkey = \"{tls}/control.key\"\n{control_cards}",
+             zones = {zones:?}\nthrottle = {throttle}\n\n[tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/control.pem\"\nkey = \"{tls}/control.key\"\n{control_cards}",
             listen = options.listen,
             state = dir.join("control").display(),
             images = images_dir().display(),
             pool = wire::PUBLIC_POOL,
+            throttle = options.throttle == Throttle::On,
             tls = tls.display(),
         );
         region.add("control", "control", "", "control", &text)?;

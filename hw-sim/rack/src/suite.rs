@@ -28,23 +28,18 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         eprintln!("rack: no libdpdk here: the dpdk feature is not tested");
     }
     if !options.system_only && options.filter.is_none() {
-        step("format", build::cargo().args(["fmt", "--check"]))?;
+        step("format", build::cargo().args(["fmt", "--all", "--check"]))?;
         step(
             "lints",
-            build::cargo().args(["clippy", "--all-targets", "--quiet"]).args(build::features(dpdk)).args(["--", "-D", "warnings"]),
+            build::cargo().args(["clippy", "--all-targets", "--quiet"]).args(build::selection(dpdk)).args(["--", "-D", "warnings"]),
         )?;
-        // hw-sim holds the whole-system tests, which need a region: below.
+        let mut unit = build::cargo();
+        unit.args(["test", "--quiet", "--lib", "--bins"]).args(build::selection(dpdk));
+        step("unit tests", tests(&mut unit, |package| package != "hw-sim")?)?;
         step(
-            "unit tests",
-            build::cargo().args(["test", "--quiet"]).args(build::features(dpdk)).args([
-                "--workspace",
-                "--exclude",
-                "hw-sim",
-                "--exclude",
-                "dpdk-sys",
-            ]),
+            "documentation",
+            build::cargo().args(["doc", "--no-deps", "--quiet"]).args(build::selection(dpdk)).env("RUSTDOCFLAGS", "-D warnings"),
         )?;
-        step("documentation", build::cargo().args(["doc", "--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     }
     build::daemons(dpdk)?;
     if packages::is_root() {
@@ -52,16 +47,33 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     } else {
         eprintln!("rack: not root: the whole-system tests say so and do nothing");
     }
-    let mut tests = build::cargo();
+    let mut system = build::cargo();
+    system.arg("test").args(build::selection(dpdk));
+    let system = tests(&mut system, |package| package == "hw-sim")?;
     // One at a time: each may hold two emulated guests on two cores.
-    tests.args(["test", "--package", "hw-sim"]).args(["--"]);
-    tests.args(options.filter.iter());
-    tests.args(["--test-threads", "1", "--nocapture"]);
+    system.arg("--").args(options.filter.iter()).args(["--test-threads", "1", "--nocapture"]);
     if options.long {
-        tests.env("CARDINAL_LONG", "1");
+        system.env("CARDINAL_LONG", "1");
     }
-    step("whole-system tests", &mut tests)?;
+    step("whole-system tests", system)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Adds the integration tests of the wanted packages by name, so that cargo
+/// takes the same selection of crates for all kinds of tests.
+fn tests(command: &mut Command, wanted: impl Fn(&str) -> bool) -> Result<&mut Command> {
+    for package in ["control", "dataplane", "hw-sim", "nitro-card", "storage-target", "thin-hv"] {
+        let folder = build::root().join(package).join("tests");
+        for entry in std::fs::read_dir(folder).into_iter().flatten().filter(|_| wanted(package)) {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "rs")
+                && let Some(name) = path.file_stem().and_then(|name| name.to_str())
+            {
+                command.args(["--test", name]);
+            }
+        }
+    }
+    Ok(command)
 }
 
 fn step(name: &str, command: &mut Command) -> Result<()> {

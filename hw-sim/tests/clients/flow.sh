@@ -74,7 +74,7 @@ login "$two"
 say "stopped, resized, started"
 
 aws ec2 get-console-output --instance-id "$first" --query Output --output text | grep -q 'mini: sshd'
-aws ec2 describe-instances --instance-ids i-00000000000000000 2>&1 | grep -q InvalidInstanceID.NotFound
+{ aws ec2 describe-instances --instance-ids i-00000000000000000 2>&1 || true; } | grep -q InvalidInstanceID.NotFound
 aws ec2 terminate-instances --instance-ids "$first" "$second" >/dev/null
 until_instance "$first" terminated
 until_instance "$second" terminated

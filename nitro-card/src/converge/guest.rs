@@ -242,9 +242,16 @@ impl Guest {
         if let Some(part) = parts.iter().find(|part| part.wanted && !part.settled) {
             return Err(format!("waiting for {}", part.id));
         }
-        let listed = |part: &Part| status.is_some_and(|status| lists(status, &part.id));
+        // Of what cannot be served at the moment, a running machine keeps what it
+        // has: by what it was told, or it would be told both in turns.
+        let kept = |part: &Part| {
+            status.is_some_and(|status| match &self.sent {
+                Some(sent) => sent.functions.iter().any(|function| function.id == part.id.as_str()),
+                None => lists(status, &part.id),
+            })
+        };
         // What was being plugged is plugged to the end, and then unplugged.
-        let belongs = |part: &&&Part| if part.wanted { part.served || listed(part) } else { self.plugging.contains_key(&part.id) };
+        let belongs = |part: &&&Part| if part.wanted { part.served || kept(part) } else { self.plugging.contains_key(&part.id) };
         Ok(spec.machine(spec.running, parts.iter().filter(belongs).map(|part| part.function.clone()).collect()))
     }
 

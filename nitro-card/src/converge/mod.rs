@@ -92,10 +92,18 @@ pub enum Output {
 #[allow(missing_docs)] // the comments say it
 pub enum Work {
     /// Listen on the port's socket and join it to the packet path.
-    PortStart { number: PortId, mtu: u16 },
-    PortStop { number: PortId },
+    PortStart {
+        number: PortId,
+        mtu: u16,
+    },
+    PortStop {
+        number: PortId,
+    },
     /// Connect to the volume and serve it on the disk's socket.
-    DiskStart { source: Source, serial: String },
+    DiskStart {
+        source: Source,
+        serial: String,
+    },
     /// Flush, then remove the socket.
     DiskStop,
     VolumePut(Spec),
@@ -375,7 +383,11 @@ impl Core {
             let grown = used.saturating_sub(had).saturating_add(wanted.size_bytes);
             if volume.deleted.is_none() && self.config.capacity_bytes < grown && had < wanted.size_bytes {
                 if volume.slot.is_settled() || had == 0 {
-                    volume.slot.refuse(wanted, format!("{grown} bytes are more than this card's capacity of {}", self.config.capacity_bytes), now);
+                    volume.slot.refuse(
+                        wanted,
+                        format!("{grown} bytes are more than this card's capacity of {}", self.config.capacity_bytes),
+                        now,
+                    );
                 }
                 continue;
             }

@@ -89,7 +89,11 @@ impl Core {
         let mut interfaces: Vec<Interface> = ports
             .map(|port| {
                 let port = &port.spec;
-                let name = if port.dhcp.domain.is_empty() { port.dhcp.hostname.clone() } else { format!("{}.{}", port.dhcp.hostname, port.dhcp.domain) };
+                let name = if port.dhcp.domain.is_empty() {
+                    port.dhcp.hostname.clone()
+                } else {
+                    format!("{}.{}", port.dhcp.hostname, port.dhcp.domain)
+                };
                 let primary = port.device_index == 0 && !metadata.local_hostname.is_empty();
                 Interface {
                     id: port.id.to_string(),

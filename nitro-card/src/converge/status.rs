@@ -91,8 +91,12 @@ fn instance(guest: &Guest, machine: Option<&MachineStatus>) -> Status {
     let spec = &guest.tracked.spec;
     let generation = guest.tracked.deleted.unwrap_or(spec.generation);
     let boot = machine.map_or(0, |machine| machine.boot);
-    let status = |phase: Phase, message: &str| {
-        Status { generation, phase: phase.into(), message: message.into(), boot, ..named(Kind::Instance, &spec.id) }
+    let status = |phase: Phase, message: &str| Status {
+        generation,
+        phase: phase.into(),
+        message: message.into(),
+        boot,
+        ..named(Kind::Instance, &spec.id)
     };
     if guest.tracked.deleted.is_some() {
         return status(Phase::Converging, "");

@@ -1,5 +1,6 @@
 //! A vhost-user frontend in this process, and a true target.
 
+use super::request::u64_at;
 use super::*;
 use storage_target::{Target, TargetSettings, VolumeSpec, volume_nqn};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};

@@ -65,7 +65,7 @@ pub fn answer(input: &mut Vec<u8>, context: &Context<'_>) -> Option<Response> {
 
 fn judge(request: &Request<'_>, context: &Context<'_>) -> Answer {
     let Some(subject) = context.subject else { return Answer::error(404) };
-    let options = subject.metadata.options.clone().unwrap_or_default();
+    let options = subject.metadata.options.unwrap_or_default();
     if !options.enabled {
         return Answer::error(403);
     }
@@ -123,7 +123,8 @@ impl Answer {
 
     fn encode(self, with_body: bool, close: bool) -> Response {
         let Self { status, kind, body, ttl_s, hop_limit } = self;
-        let mut head = format!("HTTP/1.1 {status} {}\r\nServer: EC2ws\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n", reason(status), body.len());
+        let mut head =
+            format!("HTTP/1.1 {status} {}\r\nServer: EC2ws\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n", reason(status), body.len());
         if let Some(ttl_s) = ttl_s {
             head.push_str(&format!("X-Aws-Ec2-Metadata-Token-Ttl-Seconds: {ttl_s}\r\n"));
         }
@@ -255,7 +256,8 @@ mod tests {
         let (status, token, response) = ask_with(&subject, &key, put);
         assert_eq!((status, response.ttl), (200, 1));
         assert!(String::from_utf8_lossy(&response.bytes).contains("Token-Ttl-Seconds: 60"));
-        let get = |token: &str| ask_with(&subject, &key, &format!("GET /latest/meta-data/mac HTTP/1.1\nX-aws-ec2-metadata-token: {token}\n\n"));
+        let get =
+            |token: &str| ask_with(&subject, &key, &format!("GET /latest/meta-data/mac HTTP/1.1\nX-aws-ec2-metadata-token: {token}\n\n"));
         assert_eq!(get(&token).0, 200);
         assert_eq!(get(&token).1, "02:00:00:00:00:01");
         assert_eq!(get(&token).2.ttl, 64);

@@ -305,11 +305,16 @@ mod tests {
             }
             let subject = rich();
             let context = Context { subject: Some(&subject), key: &self.key, now_s: 5, nonce: [0; 8] };
-            self.stack.poll(self.now, &context, |_| (), |frame| {
-                assert_eq!(frame[..14], [4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 8, 0]);
-                self.ttls.push(frame[14 + 8]);
-                self.wire.received.push_back(frame[14..].to_vec());
-            });
+            self.stack.poll(
+                self.now,
+                &context,
+                |_| (),
+                |frame| {
+                    assert_eq!(frame[..14], [4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 8, 0]);
+                    self.ttls.push(frame[14 + 8]);
+                    self.wire.received.push_back(frame[14..].to_vec());
+                },
+            );
         }
 
         fn ask(&mut self, handle: SocketHandle, request: &str) -> String {
@@ -323,7 +328,12 @@ mod tests {
                     sent += socket.send_slice(&request.as_bytes()[sent..]).unwrap();
                 }
                 while socket.can_recv() {
-                    socket.recv(|bytes| { answer.extend(bytes.iter()); (bytes.len(), ()) }).unwrap();
+                    socket
+                        .recv(|bytes| {
+                            answer.extend(bytes.iter());
+                            (bytes.len(), ())
+                        })
+                        .unwrap();
                 }
                 if let Some((head, body)) = String::from_utf8_lossy(&answer).split_once("\r\n\r\n") {
                     let length: usize = head.split_once("Content-Length: ").unwrap().1.lines().next().unwrap().parse().unwrap();
@@ -407,7 +417,8 @@ mod tests {
             timestamp: None,
             payload: &[],
         };
-        let ip = Ipv4Repr { src_addr: GUEST, dst_addr: ADDRESS, next_header: IpProtocol::Tcp, payload_len: tcp.buffer_len(), hop_limit: 64 };
+        let ip =
+            Ipv4Repr { src_addr: GUEST, dst_addr: ADDRESS, next_header: IpProtocol::Tcp, payload_len: tcp.buffer_len(), hop_limit: 64 };
         let mut frame = vec![0; 14 + ip.buffer_len() + tcp.buffer_len()];
         frame[12] = 8;
         ip.emit(&mut Ipv4Packet::new_unchecked(&mut frame[14..]), &phy::ChecksumCapabilities::default());

@@ -51,7 +51,8 @@ impl FileDevice for SyncDevice {
     }
 }
 
-fn run(file: &File, offset: u64, action: Action) -> (io::Result<()>, Vec<u8>) {
+/// Does one operation; gives its buffer back.
+pub(super) fn run(file: &File, offset: u64, action: Action) -> (io::Result<()>, Vec<u8>) {
     match action {
         Action::Read { mut buffer, range } => {
             let result = buffer.get_mut(range).map_or(Err(io::ErrorKind::InvalidInput.into()), |into| read(file, offset, into));

@@ -1,6 +1,12 @@
-//! Files over io_uring.
+//! Files over io_uring, and past it where nothing has to wait.
 //!
-//! A batch is one `io_uring_enter`. Buffers live in `pending` from submission to completion, so the kernel
+//! What the page cache can do at once is done at once: a read asks for what is cached (RWF_NOWAIT), a small
+//! write goes straight into the cache. That costs one short system call, where io_uring would hand a buffered
+//! write to a worker thread and wake this one for it. Everything else (missing pages, large writes, syncs,
+//! holes) is one `io_uring_enter` for the batch. A write can still wait, for throttled dirty pages; so one that took
+//! longer than [`SLOW`] sends the writes of the next [`PENALTY`] through io_uring, and the shard goes on.
+//!
+//! Buffers live in `pending` from submission to completion, so the kernel
 //! never holds a pointer into freed memory: dropping the device waits for everything that is under way.
 #![allow(unsafe_code)]
 
@@ -10,22 +16,33 @@ use rustix::event::{EventfdFlags, eventfd};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// Entries of the submission ring; a larger batch takes more than one call.
 const ENTRIES: u32 = 256;
 
+/// The longest write that goes straight into the page cache, in bytes.
+const DIRECT: usize = 256 * 1024;
+/// A write into the page cache that takes longer than this waited for the disk.
+const SLOW: Duration = Duration::from_millis(10);
+const PENALTY: Duration = Duration::from_millis(200);
+
 /// The device.
 pub(crate) struct UringDevice {
     ring: IoUring,
+    batch: Vec<Operation>,
+    /// Writes take the ring until then.
+    penalty: Option<Instant>,
     event: OwnedFd,
     files: Files,
     /// What the kernel has; its slot is the user data of the entry.
     pending: slab::Slab<Pending>,
     /// Slots that wait for room in the ring.
     queue: VecDeque<usize>,
-    /// What failed before the kernel saw it.
-    refused: Vec<Finished>,
+    /// What has ended and was not reaped.
+    ended: Vec<Finished>,
 }
 
 struct Pending {
@@ -41,7 +58,68 @@ impl UringDevice {
         let ring = IoUring::builder().setup_cqsize(4 * ENTRIES).setup_coop_taskrun().build(ENTRIES)?;
         let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(Self { ring, event, files: Files::default(), pending: slab::Slab::new(), queue: VecDeque::new(), refused: Vec::new() })
+        Ok(Self {
+            ring,
+            event,
+            files: Files::default(),
+            pending: slab::Slab::new(),
+            queue: VecDeque::new(),
+            ended: Vec::new(),
+            batch: Vec::new(),
+            penalty: None,
+        })
+    }
+
+    /// Does an operation at once if nothing has to be waited for; if not, it goes into the ring.
+    fn direct(&mut self, mut operation: Operation) {
+        let Ok(file) = self.files.get(operation.file) else {
+            return self.enqueue(operation, 0);
+        };
+        let mut done = 0;
+        match &mut operation.action {
+            Action::Read { buffer, range } => {
+                let Some(into) = buffer.get_mut(range.clone()) else { return self.enqueue(operation, 0) };
+                let len = into.len();
+                let flags = rustix::io::ReadWriteFlags::NOWAIT;
+                match rustix::io::preadv2(file, &mut [IoSliceMut::new(into)], operation.offset, flags) {
+                    Ok(count) if count == len => {
+                        let buffer = std::mem::take(buffer);
+                        return self.ended.push(Finished { token: operation.token, result: Ok(()), buffer });
+                    }
+                    Ok(count) => done = count,
+                    // A file system that cannot say, such as tmpfs: its writes go the same way.
+                    Err(rustix::io::Errno::OPNOTSUPP) if self.writes_directly(len) => return self.run(operation),
+                    Err(_) => {}
+                }
+            }
+            Action::Write { range, .. } => {
+                let len = range.len();
+                if self.writes_directly(len) {
+                    return self.run(operation);
+                }
+            }
+            Action::Sync | Action::Zero { .. } => {}
+        }
+        self.enqueue(operation, done);
+    }
+
+    fn writes_directly(&self, len: usize) -> bool {
+        len <= DIRECT && self.penalty.is_none()
+    }
+
+    fn run(&mut self, operation: Operation) {
+        let Ok(file) = self.files.get(operation.file) else { return self.enqueue(operation, 0) };
+        let start = Instant::now();
+        let (result, buffer) = super::sync::run(file, operation.offset, operation.action);
+        if start.elapsed() > SLOW {
+            self.penalty = Some(start + PENALTY);
+        }
+        self.ended.push(Finished { token: operation.token, result, buffer });
+    }
+
+    fn enqueue(&mut self, operation: Operation, done: usize) {
+        let slot = self.pending.insert(Pending { operation, done });
+        self.queue.push_back(slot);
     }
 
     /// Moves slots from the queue into the ring and tells the kernel, as often as needed.
@@ -139,18 +217,23 @@ impl UringDevice {
                 Action::Read { buffer, .. } | Action::Write { buffer, .. } => buffer,
                 Action::Sync | Action::Zero { .. } => Vec::new(),
             };
-            self.refused.push(Finished { token: pending.operation.token, result, buffer });
+            self.ended.push(Finished { token: pending.operation.token, result, buffer });
         }
     }
 }
 
 impl BlockDevice for UringDevice {
     fn submit(&mut self, operation: Operation) {
-        let slot = self.pending.insert(Pending { operation, done: 0 });
-        self.queue.push_back(slot);
+        self.batch.push(operation);
     }
 
     fn kick(&mut self) {
+        if self.penalty.is_some_and(|until| until < Instant::now()) {
+            self.penalty = None;
+        }
+        let mut batch = std::mem::take(&mut self.batch);
+        batch.drain(..).for_each(|operation| self.direct(operation));
+        self.batch = batch;
         if !self.queue.is_empty() {
             self.flush();
         }
@@ -165,8 +248,8 @@ impl BlockDevice for UringDevice {
                 self.queue.push_back(slot);
             }
         }
-        finished.append(&mut self.refused);
         self.kick();
+        finished.append(&mut self.ended);
     }
 }
 

@@ -272,9 +272,10 @@ impl World {
 }
 
 fn run_seeds(size: u64, image_bytes: u64, seeds: u64) {
-    let (first, count) = match std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()) {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let (first, count) = match number("SEED") {
         Some(seed) => (seed, 1),
-        None => (0, seeds),
+        None => (0, number("SEEDS").unwrap_or(seeds)),
     };
     for seed in first..first + count {
         let run = std::panic::catch_unwind(|| World::new(seed, size, image_bytes).run(12));

@@ -1,0 +1,193 @@
+//! What a shard is told, and the ends of connections and volumes.
+
+use super::*;
+
+impl Shard {
+    pub(super) fn messages(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            match message {
+                Message::Serve { opened, reply } => {
+                    self.serve(*opened);
+                    let _ = reply.send(());
+                }
+                Message::Update { spec, reply } => self.update(spec, reply),
+                Message::Remove { id, reply } => match self.volume_key(&id) {
+                    Some(volume) => {
+                        self.cut(volume, None);
+                        if let Some(served) = self.volumes.get_mut(volume) {
+                            served.drains.push(Drain::Remove(reply));
+                        }
+                        self.drain(volume);
+                    }
+                    None => drop(reply.send(())),
+                },
+                Message::Status { id, reply } => {
+                    let status = self.volume_key(&id).and_then(|volume| self.status(volume));
+                    let _ = reply.send(status);
+                }
+                Message::Adopt { connection, slot } => match self.register(connection) {
+                    Ok(key) => {
+                        self.connect(key, slot);
+                        self.touched.push(key);
+                    }
+                    Err(error) => tracing::warn!(%error, "connection not taken over"),
+                },
+                Message::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn volume_key(&self, id: &str) -> Option<usize> {
+        self.volumes.iter().find(|(_, served)| served.spec.id == id).map(|(key, _)| key)
+    }
+
+    fn serve(&mut self, opened: Opened) {
+        let Opened { spec, files, folder } = opened;
+        let data = self.device.attach(files.data);
+        let clone = files.clone.map(|clone| CloneFiles {
+            image: self.device.attach(clone.image),
+            image_bytes: clone.image_bytes,
+            present: self.device.attach(clone.present),
+            durable: self.device.attach(clone.durable),
+            marks: clone.marks,
+            durable_marks: clone.durable_marks,
+        });
+        let entry = self.volumes.vacant_entry();
+        let key = u32::try_from(entry.key()).unwrap_or(u32::MAX);
+        entry.insert(Served {
+            volume: Volume::new(key, spec.size_bytes, data, clone, files.failed),
+            qos: Qos::new(spec.iops, spec.throughput_mib_s, self.now),
+            spec,
+            folder,
+            throttled: VecDeque::new(),
+            traffic: Traffic::default(),
+            failure_marked: files.failed,
+            drains: Vec::new(),
+        });
+    }
+
+    fn update(&mut self, spec: VolumeSpec, reply: Sender<()>) {
+        let Some(volume) = self.volume_key(&spec.id) else {
+            let _ = reply.send(());
+            return;
+        };
+        self.cut(volume, spec.initiator_nqn.as_deref());
+        let Some(served) = self.volumes.get_mut(volume) else { return };
+        let grown = spec.size_bytes > served.spec.size_bytes;
+        served.volume.grow(spec.size_bytes);
+        if (spec.iops, spec.throughput_mib_s) != (served.spec.iops, served.spec.throughput_mib_s) {
+            served.qos = Qos::new(spec.iops, spec.throughput_mib_s, self.now);
+        }
+        served.spec = spec;
+        served.drains.push(Drain::Reply(reply));
+        self.drain(volume);
+        if grown {
+            let key = u32::try_from(volume).ok();
+            let told: Vec<u16> = self.controllers.values().filter(|one| one.volume == key).map(|one| one.id).collect();
+            for id in told {
+                if let Some(controller) = self.controllers.get_mut(&id) {
+                    controller.namespace_changed();
+                }
+                self.events(id);
+            }
+        }
+    }
+
+    fn status(&self, volume: usize) -> Option<VolumeStatus> {
+        let served = self.volumes.get(volume)?;
+        let key = u32::try_from(volume).ok();
+        Some(VolumeStatus {
+            spec: served.spec.clone(),
+            connected: self.controllers.values().any(|controller| controller.volume == key),
+            failed: served.volume.has_failed(),
+            allocated_bytes: 0,
+            reads: served.traffic.reads,
+            writes: served.traffic.writes,
+            read_bytes: served.traffic.read_bytes,
+            write_bytes: served.traffic.write_bytes,
+        })
+    }
+
+    /// Cuts every controller of a volume off, but for those of the host `keep`.
+    pub(super) fn cut(&mut self, volume: usize, keep: Option<&str>) {
+        let key = u32::try_from(volume).ok();
+        let gone: Vec<usize> = self
+            .controllers
+            .values()
+            .filter(|controller| controller.volume == key && Some(controller.host.nqn.as_str()) != keep)
+            .map(|controller| controller.admin)
+            .collect();
+        for admin in gone {
+            count(&self.shared.counting.controllers_cut, 1);
+            self.kill(admin);
+        }
+    }
+
+    /// Closes a connection; with an admin queue goes its controller and all of its queues.
+    pub(super) fn kill(&mut self, key: usize) {
+        let Some(connection) = self.connections.get_mut(key).filter(|connection| !connection.dead) else { return };
+        connection.dead = true;
+        let _ = epoll::delete(&self.epoll, connection.stream());
+        let _ = connection.stream().shutdown(std::net::Shutdown::Both);
+        let queue = connection.queue;
+        if let Some(served) = queue.and_then(|queue| self.volumes.get_mut(crate::bytes::narrow(queue.volume?.into()))) {
+            let before = served.throttled.len();
+            served.throttled.retain(|(tag, ..)| untag(*tag).0 != key);
+            let dropped = before - served.throttled.len();
+            self.throttled -= dropped;
+            connection.executing -= dropped.min(connection.executing);
+        }
+        if connection.executing == 0 {
+            self.bury(key);
+        }
+        let Some(queue) = queue else { return };
+        if queue.id > 0 {
+            if let Some(controller) = self.controllers.get_mut(&queue.controller) {
+                controller.io.retain(|(_, connection)| *connection != key);
+            }
+        } else if let Some(controller) = self.controllers.remove(&queue.controller) {
+            tracing::info!(controller = controller.id, host = controller.host.nqn, "host disconnected");
+            for (_, connection) in controller.io {
+                self.kill(connection);
+            }
+        }
+    }
+
+    /// Forgets a dead connection whose requests have ended.
+    pub(super) fn bury(&mut self, key: usize) {
+        let Some(connection) = self.connections.try_remove(key) else { return };
+        if let Some(volume) = connection.queue.and_then(|queue| queue.volume) {
+            self.drain(crate::bytes::narrow(volume.into()));
+        }
+    }
+
+    /// Goes on with what waited for a volume's last requests, if they have ended.
+    pub(super) fn drain(&mut self, volume: usize) {
+        let Some(served) = self.volumes.get_mut(volume) else { return };
+        if served.drains.is_empty() || has_zombies(&self.connections, volume) {
+            return;
+        }
+        let idle = served.volume.is_idle();
+        for drain in std::mem::take(&mut served.drains) {
+            match drain {
+                Drain::Connect { connection, slot } => {
+                    if self.connections.get(connection).is_some_and(|waiting| waiting.queue.is_none() && !waiting.dead) {
+                        self.connect(connection, slot);
+                    }
+                }
+                Drain::Reply(reply) => drop(reply.send(())),
+                Drain::Remove(reply) if idle => {
+                    if let Some(served) = self.volumes.try_remove(volume) {
+                        served.volume.files().into_iter().for_each(|file| self.device.detach(file));
+                    }
+                    let _ = reply.send(());
+                }
+                Drain::Remove(reply) => {
+                    if let Some(served) = self.volumes.get_mut(volume) {
+                        served.drains.push(Drain::Remove(reply));
+                    }
+                }
+            }
+        }
+    }
+}
