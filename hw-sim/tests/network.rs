@@ -91,12 +91,12 @@ fn guests_of_one_vpc_reach_each_other_over_vxlan_and_nobody_else_does() {
         ("IpPermissions.1.IpRanges.1.CidrIp", "0.0.0.0/0"),
     ];
     let _ = region.call("AuthorizeSecurityGroupIngress", &open);
-    let _ = region.ssh(&second, "setsid sh -c 'nc -l -p 9000 | sha256sum >/tmp/sum' >/dev/null 2>&1 &");
+    let _ = region.ssh(&second, "setsid sh -c 'sleep 60 | nc -l -p 9000 | sha256sum >/tmp/sum' >/dev/null 2>&1 &");
     std::thread::sleep(std::time::Duration::from_secs(1));
     let sent = region.ssh(
         &first,
         &format!(
-            "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null; nc -w 20 {} 9000 </tmp/data; sha256sum </tmp/data",
+            "dd if=/dev/urandom of=/tmp/data bs=64k count=64 2>/dev/null; cat /tmp/data >/dev/tcp/{}/9000; sha256sum </tmp/data",
             second.private_address
         ),
     );

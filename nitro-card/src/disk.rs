@@ -1,6 +1,6 @@
 //! A guest's disk: virtio-blk (virtio 1.2, section 5.2) over vhost-user, backed by an NVMe/TCP initiator.
 //!
-//! **Block write** enters here: guest queue -> [`DiskServer`] -> `storage_target::Initiator` => target.
+//! The path of a block write enters here: guest queue → [`DiskServer`] → `storage_target::Initiator` ⇒ target.
 //!
 //! The card listens; the machine connects, and connects again when the card was away. Invariants:
 //!

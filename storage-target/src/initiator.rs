@@ -1,8 +1,8 @@
 //! The card's side of NVMe/TCP: a disk that may be away for a while, but never fails for it.
 //!
-//! **Block write**: guest queue -> `nitro_card::disk` -> [`Initiator`] -> `pdu` => `pdu` -> `connection` ->
-//! `shard` -> `qos` -> `volume` -> `io`. Acknowledged when data and map are in the target's page cache;
-//! a flush when both are on its disk. Calls go forward only.
+//! **Block write**: guest queue → `nitro_card::disk` → [`Initiator`] → `pdu` ⇒ `pdu` → `connection` → `shard` →
+//! `qos` → `volume` → `io`. Acknowledged when data and map are in the target's page cache; a flush when both are
+//! on its disk. Calls go forward only.
 //!
 //! A thread holds the connection: admin queue and one I/O queue. It connects, and connects again whenever
 //! the connection breaks or the keep alive gets no answer, for ever. Commands that were sent and not answered

@@ -29,7 +29,7 @@ use crate::volume::{CloneFiles, Completion, Request, Volume, VolumeError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -543,9 +543,9 @@ impl Shard {
 
     /// Executes a command of an admin queue.
     fn admin(&mut self, key: usize, slot: usize, queue: Queue) {
-        let Some(command) = self.connections.get_mut(key).and_then(|connection| connection.command_mut(slot)) else {
-            return;
-        };
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        let reached = connection.stream().local_addr().unwrap_or(self.shared.address);
+        let Some(command) = connection.command_mut(slot) else { return };
         let (sqe, len) = (command.sqe, command.len);
         let served = queue.volume.and_then(|volume| self.volumes.get(crate::bytes::narrow(volume.into())));
         let Some(controller) = self.controllers.get_mut(&queue.controller) else { return };
@@ -554,7 +554,7 @@ impl Shard {
         let facts = Facts {
             volume: served.map(|served| (served.spec.id.as_str(), served.volume.size())),
             traffic: served.map(|served| served.traffic).unwrap_or_default(),
-            discovery_log: &|| discovery_log(shared, &host),
+            discovery_log: &|| discovery_log(shared, reached, &host),
             now: self.now,
         };
         match controller.admin(slot, &sqe, &facts) {
@@ -682,12 +682,13 @@ fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Resu
     Ok(Work::One(request, cost))
 }
 
-fn discovery_log(shared: &Shared, host: &str) -> Vec<u8> {
+/// The volumes of a host, at the address by which it came.
+fn discovery_log(shared: &Shared, address: SocketAddr, host: &str) -> Vec<u8> {
     let entries: Vec<DiscoveryEntry> = shared
         .places()
         .iter()
         .filter(|(_, place)| place.initiator_nqn.as_deref() == Some(host))
-        .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address: shared.address })
+        .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address })
         .collect();
     nvme::discovery_log(shared.generation(), &entries)
 }
