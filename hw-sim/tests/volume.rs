@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use hw_sim::{Instance, Region, Seed, root_or_skip};
 
+/// Fsync'ed writes during which the storage process dies twice.
+const WRITES: usize = 150;
+
 /// The disk that a hot-attached volume becomes in a guest with one disk.
 const DISK: &str = "/dev/vdb";
 
@@ -59,9 +62,11 @@ fn a_volume_keeps_its_bytes_between_guests_and_through_the_death_of_its_storage(
 /// after fsync; whatever it noted has to be there in the end.
 fn storage_dies_under_writes(region: &Region, guest: &Instance) {
     let mut seed = Seed::new();
-    let writer = "i=0; while [ $i -lt 400 ]; do i=$((i + 1)); \
-                  printf '%08d' $i | sudo dd of=/dev/vdb bs=8 seek=$((i * 512)) conv=fsync,notrunc 2>/dev/null || { echo error; exit 1; }; \
-                  echo $i; done";
+    let writer = format!(
+        "sudo bash -c 'i=0; while [ $i -lt {WRITES} ]; do i=$((i + 1)); \
+         printf %08d $i | dd of=/dev/vdb bs=8 seek=$((i * 512)) conv=fsync,notrunc 2>/dev/null || {{ echo error; exit 1; }}; \
+         echo $i; done'"
+    );
     let mut command = region.ssh_command(guest);
     let child = command.arg(writer).stdout(Stdio::piped()).spawn().expect("ssh");
     // The card that serves the volume; both of the zone may, so find it by its target's port.
@@ -74,11 +79,13 @@ fn storage_dies_under_writes(region: &Region, guest: &Instance) {
     }
     let output = child.wait_with_output().expect("ssh");
     let acknowledged: Vec<u32> = String::from_utf8_lossy(&output.stdout).lines().filter_map(|line| line.parse().ok()).collect();
-    assert!(output.status.success() && acknowledged.len() == 400, "the guest saw an error after {} writes", acknowledged.len());
-    let check = "i=0; while [ $i -lt 400 ]; do i=$((i + 1)); \
-                 [ \"$(sudo dd if=/dev/vdb bs=8 skip=$((i * 512)) count=1 iflag=nocache 2>/dev/null)\" = \"$(printf '%08d' $i)\" ] || echo lost $i; done";
+    assert!(output.status.success() && acknowledged.len() == WRITES, "the guest saw an error after {} writes", acknowledged.len());
+    let check = format!(
+        "sudo bash -c 'i=0; while [ $i -lt {WRITES} ]; do i=$((i + 1)); \
+         [ \"$(dd if=/dev/vdb bs=8 skip=$((i * 512)) count=1 2>/dev/null)\" = \"$(printf %08d $i)\" ] || echo lost $i; done'"
+    );
     let _ = region.ssh(guest, "sync; echo 3 | sudo tee /proc/sys/vm/drop_caches >/dev/null");
-    assert_eq!(region.ssh(guest, check), "");
+    assert_eq!(region.ssh(guest, &check), "");
 }
 
 /// The card whose folder holds the newest data volume.
