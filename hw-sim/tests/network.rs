@@ -153,7 +153,11 @@ fn strangers_on_the_underlay_are_dropped_and_counted(region: &Region, vni: u32, 
     let target = format!("10.255.0.{}", 11 + index);
     let script = format!(
         "import socket,struct\n\
-         inner=bytes.fromhex('02aaaaaaaaaa02bbbbbbbbbb0800')+struct.pack('>BBHHHBBH',0x45,0,28,1,0,64,1,0)+socket.inet_aton('{}')+socket.inet_aton('{}')+bytes.fromhex('0800f7ff00000000')\n\
+         ip=struct.pack('>BBHHHBBH4s4s',0x45,0,28,1,0,64,1,0,socket.inet_aton('{}'),socket.inet_aton('{}'))\n\
+         total=sum(struct.unpack('>10H',ip))\n\
+         total=(total>>16)+(total&65535)\n\
+         ip=ip[:10]+struct.pack('>H',~(total+(total>>16))&65535)+ip[12:]\n\
+         inner=bytes.fromhex('02aaaaaaaaaa02bbbbbbbbbb0800')+ip+bytes.fromhex('0800f7ff00000000')\n\
          s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\n\
          [s.sendto(struct.pack('>II',0x08000000,{vni}<<8)+inner,('{target}',4789)) for _ in range(5)]\n",
         first.private_address, second.private_address

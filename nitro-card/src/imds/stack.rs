@@ -5,7 +5,7 @@
 //! The link is point to point: a reply goes to the MAC that the guest sent
 //! from, and the stack below Ethernet is smoltcp on bare IP.
 //!
-//! Bounds per guest: [`CONNECTIONS_MAX`] connections; when a new one comes, the
+//! Bounds per guest: `CONNECTIONS_MAX` connections; when a new one comes, the
 //! one that was idle longest makes room.
 
 use std::collections::VecDeque;
