@@ -321,6 +321,9 @@ impl Region {
             "UserKnownHostsFile=/dev/null",
             "-o",
             "ConnectTimeout=2",
+            // A guest that goes down says nothing: do not wait for it.
+            "-o",
+            "ServerAliveInterval=3",
             "-o",
             "BatchMode=yes",
         ]);

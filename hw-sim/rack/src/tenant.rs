@@ -199,7 +199,16 @@ pub fn login(dir: &Path, tenant: &Tenant, instance: &str, wait_s: u64) -> Result
     let base = || {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &namespace, "ssh", "-q", "-i"]).arg(dir.join("keys/rack"));
-        command.args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=2"]);
+        command.args([
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "ConnectTimeout=2",
+            "-o",
+            "ServerAliveInterval=3",
+        ]);
         command.arg(format!("{user}@{address}"));
         command
     };

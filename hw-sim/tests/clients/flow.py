@@ -22,7 +22,7 @@ def say(what):
 
 def ssh(address, command, wait=60):
     line = ["ip", "netns", "exec", NAMESPACE, "ssh", "-q", "-i", KEY, "-o", "StrictHostKeyChecking=no",
-            "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=2", "-o", "BatchMode=yes", f"ec2-user@{address}"]
+            "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=2", "-o", "ServerAliveInterval=3", "-o", "BatchMode=yes", f"ec2-user@{address}"]
     deadline = time.monotonic() + wait
     while subprocess.run(line + ["true"], stdin=subprocess.DEVNULL).returncode != 0:
         assert time.monotonic() < deadline, f"no login at {address}"

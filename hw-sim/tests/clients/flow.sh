@@ -8,7 +8,7 @@ query() { local filter=$1; shift; aws ec2 "$@" --query "$filter" --output text; 
 guest() {
     local address=$1; shift
     ip netns exec "$namespace" ssh -q -i "$key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
-        -o ConnectTimeout=2 -o BatchMode=yes "ec2-user@$address" "$@" </dev/null
+        -o ConnectTimeout=2 -o ServerAliveInterval=3 -o BatchMode=yes "ec2-user@$address" "$@" </dev/null
 }
 login() {
     local tries=0
