@@ -40,8 +40,8 @@ enum Command {
     Launch,
     /// CPU per `DescribeInstances` by id.
     Describe {
-        /// Instances that the account has.
-        #[arg(long, default_value_t = 100)]
+        /// Instances that the account has, at most 90: the region has 192 cores.
+        #[arg(long, default_value_t = 90)]
         instances: usize,
         /// Requests in each run.
         #[arg(long, default_value_t = 5000)]
