@@ -1,9 +1,13 @@
 //! Acceptance 8: control, a card, and a host agent die at random moments.
 
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hw_sim::{Instance, Region, Seed, root_or_skip};
+
+/// QEMU tries a function's socket again once a second, so that is what a guest
+/// may wait at most; the rest is the handshake on a busy machine.
+const RESUME_WITHIN_S: f64 = 1.5;
 
 /// How many random moments: a few in CI, all with `cargo rack test --long`.
 fn moments() -> u64 {
@@ -93,15 +97,14 @@ fn guests_run_on_when_their_card_or_host_agent_dies() {
         std::thread::sleep(Duration::from_millis(seed.below(1500)));
         region.restart(&card);
         // The card is up when it serves its health page.
-        let begun = Instant::now();
         region.eventually("the card is up", 5, || metrics_up(&region, &card));
         let up = unix_now();
         std::thread::sleep(Duration::from_millis(2500));
         let answers = pings.end();
-        let first = answers.iter().find(|time| **time > up - begun.elapsed().as_secs_f64().min(0.0) && **time > up - 0.2);
+        let first = answers.iter().find(|time| **time > up - 0.2);
         let resumed = first.map_or(f64::MAX, |time| time - up);
         println!("card, moment {moment}: pings resume {resumed:.2} s after the card is up");
-        assert!(resumed < 1.0, "pings resume {resumed} s after the card is up");
+        assert!(resumed < RESUME_WITHIN_S, "pings resume {resumed} s after the card is up");
     }
     for moment in 0..moments() {
         let pings = Pings::begin(&region, &guest);
