@@ -180,8 +180,9 @@ fn strangers_on_the_underlay_are_dropped_and_counted(region: &Region, vni: u32, 
 }
 
 fn the_same_address_in_another_vpc_is_out_of_reach(region: &Region, first: &Instance, address: &str, zone: &str, vni_of_first: u32) {
+    let zone_filter = [("Filter.1.Name", "availability-zone"), ("Filter.1.Value.1", zone)];
+    let block = region.call("DescribeSubnets", &zone_filter).need("cidrBlock");
     let vpc = region.call("CreateVpc", &[("CidrBlock", "172.31.0.0/16")]).need("vpcId");
-    let block = format!("{}.0/24", address.rsplit_once('.').expect("an address").0);
     let subnet = region.call("CreateSubnet", &[("VpcId", &vpc), ("CidrBlock", &block), ("AvailabilityZone", zone)]).need("subnetId");
     let twin = region.launch(&[("SubnetId", &subnet), ("PrivateIpAddress", address), ("KeyName", "rack")]);
     assert_eq!(twin.private_address, address);

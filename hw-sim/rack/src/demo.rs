@@ -150,9 +150,10 @@ impl Story<'_> {
     /// The same addresses in another VPC are somebody else's.
     fn other_vpc(&mut self, image: &str, first: &str, address: &str) -> Result<()> {
         let tenant = self.tenant;
-        let vpc = tenant.call("CreateVpc", &[("CidrBlock", "172.31.0.0/16")])?.need("vpcId")?;
         let zone = tenant.call("DescribeAvailabilityZones", &[])?.all("zoneName").pop().context("no zone")?;
-        let block = format!("{}.0/24", address.rsplit_once('.').map_or(address, |(net, _)| net));
+        let here = [("Filter.1.Name", "availability-zone"), ("Filter.1.Value.1", zone.as_str())];
+        let block = tenant.call("DescribeSubnets", &here)?.need("cidrBlock")?;
+        let vpc = tenant.call("CreateVpc", &[("CidrBlock", "172.31.0.0/16")])?.need("vpcId")?;
         let subnet =
             tenant.call("CreateSubnet", &[("VpcId", &vpc), ("CidrBlock", &block), ("AvailabilityZone", &zone)])?.need("subnetId")?;
         let gateway = tenant.call("CreateInternetGateway", &[])?.need("internetGatewayId")?;
