@@ -116,7 +116,8 @@ fn guests_of_one_vpc_reach_each_other_over_vxlan_and_nobody_else_does() {
 fn spoofs_are_dropped_and_counted(region: &Region, first: &Instance, second: &Instance, card: &str) {
     let spoofed = || region.card_metric(card, &["drop", "spoof"]);
     let before = spoofed();
-    let forged = format!("{}.200", first.private_address.rsplit_once('.').expect("an address").0);
+    let (net, host) = first.private_address.rsplit_once('.').expect("an address");
+    let forged = format!("{net}.{}", if host == "200" { 201 } else { 200 });
     let command = format!(
         "sudo ip addr add {forged}/32 dev eth0; ping -c 2 -i 0.3 -W 1 -I {forged} {}; sudo ip addr del {forged}/32 dev eth0",
         second.private_address
