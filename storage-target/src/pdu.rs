@@ -143,17 +143,32 @@ fn fatal<T>(fes: FatalStatus, fei: u32) -> Result<T, Fatal> {
 /// [`Fatal`] for everything that the side cannot receive or that breaks the layout.
 pub fn decode(side: Side, bytes: &[u8], digests: Digests, initialized: bool) -> Result<Option<Head>, Fatal> {
     let Some(common) = bytes.first_chunk::<8>() else { return Ok(None) };
+    let layout = layout(side, common, digests, initialized)?;
+    let Some(header) = bytes.get(..layout.hlen) else { return Ok(None) };
+    if bytes.len() < layout.data_at {
+        return Ok(None);
+    }
+    if layout.header_digest && crc32c::crc32c(header) != u32_at(bytes, layout.hlen) {
+        return fatal(FatalStatus::HeaderDigest, u32_at(bytes, layout.hlen));
+    }
+    let [kind, flags, ..] = *common;
+    let header = specific(kind, flags, header, layout.data_len)?;
+    Ok(Some(Head { header, data_at: layout.data_at, data_len: layout.data_len, data_digest: layout.data_digest }))
+}
+
+/// Where the parts of a PDU are, in bytes from its start.
+struct Layout {
+    hlen: usize,
+    header_digest: bool,
+    data_at: usize,
+    data_len: usize,
+    data_digest: bool,
+}
+
+/// Checks the common header (section 3.6.1) against what this side can receive now.
+fn layout(side: Side, common: &[u8; 8], digests: Digests, initialized: bool) -> Result<Layout, Fatal> {
     let [kind, flags, hlen, pdo, ..] = *common;
-    let plen = u32_at(common, 4);
-    let (expected_hlen, data_cap) = match (side, kind) {
-        (Side::Controller, 0x00) | (Side::Host, 0x01) => (128, 0),
-        (Side::Controller, 0x02) | (Side::Host, 0x03) => (SHORT_HLEN, 128),
-        (Side::Controller, 0x04) => (72, crate::bytes::narrow(IN_CAPSULE.into())),
-        (Side::Host, 0x05 | 0x09) => (SHORT_HLEN, 0),
-        (Side::Controller, 0x06) => (SHORT_HLEN, crate::bytes::narrow(MAX_H2C_DATA.into())),
-        (Side::Host, 0x07) => (SHORT_HLEN, crate::bytes::narrow(crate::nvme::MAX_TRANSFER)),
-        _ => return fatal(FatalStatus::InvalidHeader, 0),
-    };
+    let (expected_hlen, data_cap) = limits(side, kind)?;
     if usize::from(hlen) != expected_hlen {
         return fatal(FatalStatus::InvalidHeader, 2);
     }
@@ -168,7 +183,7 @@ pub fn decode(side: Side, bytes: &[u8], digests: Digests, initialized: bool) -> 
         return fatal(FatalStatus::InvalidHeader, 1);
     }
     let head = expected_hlen + if header_digest { DIGEST } else { 0 };
-    let plen = usize::try_from(plen).unwrap_or(usize::MAX);
+    let plen = usize::try_from(u32_at(common, 4)).unwrap_or(usize::MAX);
     if plen < head {
         return fatal(FatalStatus::InvalidHeader, 4);
     }
@@ -195,14 +210,25 @@ pub fn decode(side: Side, bytes: &[u8], digests: Digests, initialized: bool) -> 
         let fes = if kind == 0x06 || kind == 0x07 { FatalStatus::DataLimit } else { FatalStatus::InvalidHeader };
         return fatal(fes, 4);
     }
-    let Some(header) = bytes.get(..expected_hlen) else { return Ok(None) };
-    if bytes.len() < data_at {
-        return Ok(None);
-    }
-    if header_digest && crc32c::crc32c(header) != u32_at(bytes, expected_hlen) {
-        return fatal(FatalStatus::HeaderDigest, u32_at(bytes, expected_hlen));
-    }
-    let header = match kind {
+    Ok(Layout { hlen: expected_hlen, header_digest, data_at, data_len, data_digest })
+}
+
+/// HLEN of a PDU type that this side receives, and the most data that it may carry.
+fn limits(side: Side, kind: u8) -> Result<(usize, usize), Fatal> {
+    Ok(match (side, kind) {
+        (Side::Controller, 0x00) | (Side::Host, 0x01) => (128, 0),
+        (Side::Controller, 0x02) | (Side::Host, 0x03) => (SHORT_HLEN, 128),
+        (Side::Controller, 0x04) => (72, crate::bytes::narrow(IN_CAPSULE.into())),
+        (Side::Host, 0x05 | 0x09) => (SHORT_HLEN, 0),
+        (Side::Controller, 0x06) => (SHORT_HLEN, crate::bytes::narrow(MAX_H2C_DATA.into())),
+        (Side::Host, 0x07) => (SHORT_HLEN, crate::bytes::narrow(crate::nvme::MAX_TRANSFER)),
+        _ => return fatal(FatalStatus::InvalidHeader, 0),
+    })
+}
+
+/// The PDU-specific header of a type that [`limits`] let through.
+fn specific(kind: u8, flags: u8, header: &[u8], data_len: usize) -> Result<Header, Fatal> {
+    Ok(match kind {
         0x00 => Header::IcReq {
             pfv: u16_at(header, 8),
             hpda: u8_at(header, 10),
@@ -234,8 +260,7 @@ pub fn decode(side: Side, bytes: &[u8], digests: Digests, initialized: bool) -> 
             }
             if kind == 0x06 { Header::H2cData(data) } else { Header::C2hData(data) }
         }
-    };
-    Ok(Some(Head { header, data_at, data_len, data_digest }))
+    })
 }
 
 /// Appends the bytes of a PDU up to its data: header, digest, padding.

@@ -25,6 +25,7 @@ const PACKAGES: &[Package] = &[
     Package { name: "ethtool", evidence: "/sbin/ethtool", purpose: "the wires" },
     Package { name: "openssh-client", evidence: "/usr/bin/ssh", purpose: "login" },
     Package { name: "gcc", evidence: "/usr/bin/cc", purpose: "building" },
+    Package { name: "libc6-dev", evidence: "/usr/include/stdio.h", purpose: "building" },
     Package { name: "libdpdk-dev", evidence: "/usr/include/dpdk/rte_ethdev.h", purpose: "the DPDK build" },
     Package { name: "libclang-dev", evidence: "/usr/share/doc/libclang-dev", purpose: "the DPDK build" },
     Package { name: "pkg-config", evidence: "/usr/bin/pkg-config", purpose: "the DPDK build" },
