@@ -16,9 +16,12 @@ pub fn selection(dpdk: bool) -> Vec<&'static str> {
     words
 }
 
-/// Builds every daemon; cargo draws its own progress.
-pub fn daemons(dpdk: bool) -> Result<()> {
-    let status = cargo().arg("build").args(selection(dpdk)).status().context("cargo build")?;
+/// Builds every daemon, and with `tests` all tests beside them: what tests
+/// depend on adds features to shared crates, so daemons built alone would
+/// compile those anew. Cargo draws its own progress.
+pub fn daemons(dpdk: bool, tests: bool) -> Result<()> {
+    let targets: &[&str] = if tests { &["--bins", "--tests"] } else { &[] };
+    let status = cargo().arg("build").args(selection(dpdk)).args(targets).status().context("cargo build")?;
     if !status.success() {
         bail!("the daemons did not build: {status}");
     }

@@ -67,7 +67,7 @@ pub fn up(options: &Up) -> Result<ExitCode> {
     }
     let dpdk = !options.no_dpdk && packages::has_dpdk();
     if !options.no_build {
-        build::daemons(dpdk)?;
+        build::daemons(dpdk, false)?;
     }
     let images = images_dir();
     fs::create_dir_all(&images)?;

@@ -41,7 +41,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             build::cargo().args(["doc", "--no-deps", "--quiet"]).args(build::selection(dpdk)).env("RUSTDOCFLAGS", "-D warnings"),
         )?;
     }
-    build::daemons(dpdk)?;
+    build::daemons(dpdk, true)?;
     if packages::is_root() {
         image::all(&region::images_dir())?;
     } else {
