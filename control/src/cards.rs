@@ -311,6 +311,7 @@ fn message(object: Object) -> put_request::Object {
         Object::Disk(object) => put_request::Object::Disk(object),
         Object::Port(object) => put_request::Object::Port(object),
         Object::Instance(object) => put_request::Object::Instance(object),
+        Object::NatGateway(object) => put_request::Object::NatGateway(object),
     }
 }
 
@@ -321,6 +322,7 @@ fn kind_number(kind: ObjectKind) -> Kind {
         ObjectKind::Disk => Kind::Disk,
         ObjectKind::Port => Kind::Port,
         ObjectKind::Instance => Kind::Instance,
+        ObjectKind::NatGateway => Kind::NatGateway,
     }
 }
 

@@ -624,6 +624,7 @@ pub enum ObjectKind {
     Disk,
     Port,
     Instance,
+    NatGateway,
 }
 
 /// An object that a card was told to hold or to forget, under [`REGION`]; it

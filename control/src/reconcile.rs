@@ -449,6 +449,7 @@ fn owner(tx: &Tx<'_>, row: &CardObject) -> Option<String> {
         ObjectKind::Port => tx.find_all::<NetworkInterface>("id", &row.id).first().map(|row| row.account_id.clone()),
         ObjectKind::Disk | ObjectKind::Volume => tx.find_all::<Volume>("id", &row.id).first().map(|row| row.account_id.clone()),
         ObjectKind::Network => tx.find_all::<crate::model::Vpc>("id", &row.id).first().map(|row| row.account_id.clone()),
+        ObjectKind::NatGateway => None,
     }
 }
 
@@ -459,6 +460,7 @@ fn object_key(kind: card::Kind, id: &str) -> Option<ObjectKey> {
         card::Kind::Disk => ObjectKind::Disk,
         card::Kind::Volume => ObjectKind::Volume,
         card::Kind::Network => ObjectKind::Network,
+        card::Kind::NatGateway => ObjectKind::NatGateway,
         card::Kind::Unspecified => return None,
     };
     Some((kind, id.to_owned()))

@@ -38,6 +38,7 @@ impl TryFrom<put_request::Object> for Object {
             put_request::Object::Disk(message) => Self::Disk(message.try_into()?),
             put_request::Object::Volume(message) => Self::Volume(message.try_into()?),
             put_request::Object::Network(message) => Self::Network(message.try_into()?),
+            put_request::Object::NatGateway(_) => return Err(Invalid { field: "object", rule: "is no NAT gateway on this card" }),
         })
     }
 }

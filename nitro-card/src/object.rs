@@ -76,6 +76,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
         Kind::Disk => "disk",
         Kind::Volume => "volume",
         Kind::Network => "network",
+        Kind::NatGateway => "nat_gateway",
     }
 }
 

@@ -60,6 +60,7 @@ impl Card for Service {
             put_request::Object::Disk(object) => Object::Disk(object),
             put_request::Object::Port(object) => Object::Port(object),
             put_request::Object::Instance(object) => Object::Instance(object),
+            put_request::Object::NatGateway(object) => Object::NatGateway(object),
         };
         self.take(Operation::Put(Box::new(object))).map(|()| Response::new(PutReply {}))
     }
@@ -71,6 +72,7 @@ impl Card for Service {
             Kind::Volume => ObjectKind::Volume,
             Kind::Disk => ObjectKind::Disk,
             Kind::Port => ObjectKind::Port,
+            Kind::NatGateway => ObjectKind::NatGateway,
             _ => ObjectKind::Instance,
         };
         self.take(Operation::Delete((kind, request.id), request.generation)).map(|()| Response::new(DeleteReply {}))

@@ -28,6 +28,7 @@ pub enum Object {
     Disk(card::Disk),
     Port(card::Port),
     Instance(card::Instance),
+    NatGateway(card::NatGateway),
 }
 
 /// Kind and id: what names an object on a card.
@@ -42,6 +43,7 @@ impl Object {
             Self::Disk(object) => (ObjectKind::Disk, object.id.clone()),
             Self::Port(object) => (ObjectKind::Port, object.id.clone()),
             Self::Instance(object) => (ObjectKind::Instance, object.id.clone()),
+            Self::NatGateway(object) => (ObjectKind::NatGateway, object.id.clone()),
         }
     }
 
@@ -53,6 +55,7 @@ impl Object {
             Self::Disk(object) => object.generation,
             Self::Port(object) => object.generation,
             Self::Instance(object) => object.generation,
+            Self::NatGateway(object) => object.generation,
         }
     }
 
@@ -65,6 +68,7 @@ impl Object {
             Self::Disk(object) => object.generation = generation,
             Self::Port(object) => object.generation = generation,
             Self::Instance(object) => object.generation = generation,
+            Self::NatGateway(object) => object.generation = generation,
         }
         self
     }
@@ -76,6 +80,7 @@ impl Object {
             Self::Volume(object) => object.encode_to_vec(),
             Self::Disk(object) => object.encode_to_vec(),
             Self::Port(object) => object.encode_to_vec(),
+            Self::NatGateway(object) => object.encode_to_vec(),
             Self::Instance(object) => return instance_hash(object.clone()),
         };
         hex::encode(Sha256::digest(bytes))
@@ -237,6 +242,7 @@ fn port(tx: &Tx<'_>, region: &Region, instance: &Instance, interface: &NetworkIn
         routes: routes(tx, &subnet),
         security_group_ids,
         dhcp: Some(dhcp(tx, region, &vpc, interface)),
+        ..card::Port::default()
     })
 }
 
@@ -294,6 +300,7 @@ fn dhcp(tx: &Tx<'_>, region: &Region, vpc: &Vpc, interface: &NetworkInterface) -
         domain: values("domain-name").into_iter().next().unwrap_or_else(|| own_domain.to_owned()),
         // AmazonProvidedDNS is no address: no card resolves names yet, and a server that never answers would be worse than none.
         dns: dns.iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect(),
+        ..card::Dhcp::default()
     }
 }
 
@@ -311,7 +318,12 @@ fn network(tx: &Tx<'_>, account: &str, vpc_id: &str, groups: BTreeSet<String>) -
             continue;
         }
         let private_ipv4 = u32::from(interface.private_ip);
-        mappings.push(card::Mapping { private_ipv4, mac: interface.mac.0.to_vec(), underlay_ipv4: underlay.into() });
+        mappings.push(card::Mapping {
+            private_ipv4,
+            mac: interface.mac.0.to_vec(),
+            underlay_ipv4: underlay.into(),
+            ..card::Mapping::default()
+        });
         for group in &interface.security_group_ids {
             if let Some(members) = members.get_mut(group) {
                 members.insert(private_ipv4);
@@ -320,7 +332,7 @@ fn network(tx: &Tx<'_>, account: &str, vpc_id: &str, groups: BTreeSet<String>) -
     }
     mappings.sort_by_key(|mapping| mapping.private_ipv4);
     let groups = members.into_iter().map(|(id, members)| card::Group { id, members: members.into_iter().collect() }).collect();
-    Some(card::Network { id: vpc.id.clone(), generation: 0, vni: vpc.vni.0, mappings, groups })
+    Some(card::Network { id: vpc.id.clone(), generation: 0, vni: vpc.vni.0, mappings, groups, ..card::Network::default() })
 }
 
 /// The name under which an initiator finds a volume.

@@ -171,6 +171,7 @@ fn number(kind: ObjectKind) -> card::Kind {
         ObjectKind::Disk => card::Kind::Disk,
         ObjectKind::Port => card::Kind::Port,
         ObjectKind::Instance => card::Kind::Instance,
+        ObjectKind::NatGateway => card::Kind::NatGateway,
     }
 }
 

@@ -299,7 +299,7 @@ impl Core {
             Kind::Port => self.ports.get_mut(&key.id).map(|port| &mut port.deleted),
             Kind::Disk => self.disks.get_mut(&key.id).map(|disk| &mut disk.deleted),
             Kind::Volume => self.volumes.get_mut(&key.id).map(|volume| &mut volume.deleted),
-            Kind::Network | Kind::Unspecified => {
+            Kind::Network | Kind::NatGateway | Kind::Unspecified => {
                 self.networks.remove(&key.id);
                 None
             }
@@ -324,7 +324,7 @@ impl Core {
             Kind::Port => drop(self.ports.get_mut(&key.id).map(|port| port.slot.done(result, now))),
             Kind::Disk => drop(self.disks.get_mut(&key.id).map(|disk| disk.slot.done(result, now))),
             Kind::Volume => drop(self.volumes.get_mut(&key.id).map(|volume| volume.slot.done(result, now))),
-            Kind::Network | Kind::Unspecified => {}
+            Kind::Network | Kind::NatGateway | Kind::Unspecified => {}
         }
     }
 

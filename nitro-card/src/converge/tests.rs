@@ -263,7 +263,7 @@ impl World {
             Kind::Instance => assert!(!self.machines.contains_key(&key.id) && !self.staged.contains(&key.id)),
             Kind::Port | Kind::Disk => assert!(!self.sockets.contains(&key.id) && !self.served.contains(&key.id)),
             Kind::Volume => assert!(!self.volumes.contains(&key.id)),
-            Kind::Network | Kind::Unspecified => {}
+            Kind::Network | Kind::NatGateway | Kind::Unspecified => {}
         }
     }
 
