@@ -3,6 +3,7 @@
 mod flows;
 mod garbage;
 mod lab;
+mod model;
 mod public;
 mod services;
 mod vpc;

@@ -201,6 +201,12 @@ impl Lab {
         self.cards[usize::from(card)].pipeline.board().read().drops.get(reason)
     }
 
+    /// Drops of all cards together, every reason.
+    pub fn drops_by_reason(&self) -> Vec<(DropReason, u64)> {
+        let cards: Vec<_> = self.cards.iter().map(|card| card.pipeline.board().read().drops).collect();
+        DropReason::ALL.iter().map(|reason| (*reason, cards.iter().map(|drops| drops.get(*reason)).sum())).collect()
+    }
+
     pub fn all_drops(&self, card: u8) -> u64 {
         self.cards[usize::from(card)].pipeline.board().read().drops.total()
     }
