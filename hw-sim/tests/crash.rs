@@ -5,9 +5,14 @@ use std::time::Duration;
 
 use hw_sim::{Instance, Region, Seed, root_or_skip};
 
-/// QEMU tries a function's socket again once a second, so that is what a guest
-/// may wait at most; the rest is the handshake on a busy machine.
-const RESUME_WITHIN_S: f64 = 1.5;
+/// What a guest may wait after its card serves its health page, at any moment.
+/// The card has connected to its machine by then, so this is for a busy machine.
+const RESUME_WITHIN_S: f64 = 0.9;
+/// The same in the median, where a busy machine counts less.
+const RESUME_MEDIAN_S: f64 = 0.3;
+/// From the start of the card's process to the first answer, in the median; most
+/// of it is DPDK's own start.
+const RESTART_MEDIAN_S: f64 = 1.0;
 
 /// How many random moments: a few in CI, all with `cargo rack test --long`.
 fn moments() -> u64 {
@@ -46,14 +51,14 @@ fn a_launch_completes_once_when_control_dies_in_its_middle() {
     }
 }
 
-/// Pings from the internet side every 100 ms, with a time stamp for each answer.
+/// Pings from the internet side every 20 ms, with a time stamp for each answer.
 struct Pings(Child);
 
 impl Pings {
     fn begin(region: &Region, instance: &Instance) -> Self {
         let namespace = region.ready("internet_namespace").as_str().expect("namespace");
         let child = std::process::Command::new("ip")
-            .args(["netns", "exec", namespace, "ping", "-D", "-i", "0.1", "-W", "1", &instance.public_address])
+            .args(["netns", "exec", namespace, "ping", "-D", "-i", "0.02", "-W", "1", &instance.public_address])
             .stdout(Stdio::piped())
             .spawn()
             .expect("ping");
@@ -90,22 +95,30 @@ fn guests_run_on_when_their_card_or_host_agent_dies() {
     let host = card.replace("card-", "host-");
     let machine = region.pids("qemu-system");
 
+    let (mut from_start, mut after_up) = (Vec::new(), Vec::new());
     for moment in 0..moments() {
         let pings = Pings::begin(&region, &guest);
         std::thread::sleep(Duration::from_millis(500 + seed.below(1000)));
         region.kill(&card);
-        std::thread::sleep(Duration::from_millis(seed.below(1500)));
+        std::thread::sleep(Duration::from_millis(50 + seed.below(1500)));
+        let started = unix_now();
         region.restart(&card);
         // The card is up when it serves its health page.
-        region.eventually("the card is up", 5, || metrics_up(&region, &card));
+        while !metrics_up(&region, &card) {
+            assert!(unix_now() < started + 5.0, "the card is not up after 5 s");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let up = unix_now();
         std::thread::sleep(Duration::from_millis(2500));
         let answers = pings.end();
-        let first = answers.iter().find(|time| **time > up - 0.2);
-        let resumed = first.map_or(f64::MAX, |time| time - up);
-        println!("card, moment {moment}: pings resume {resumed:.2} s after the card is up");
-        assert!(resumed < RESUME_WITHIN_S, "pings resume {resumed} s after the card is up");
+        let first = *answers.iter().find(|time| **time > started).expect("an answer after the restart");
+        println!("card, moment {moment}: pings resume {:.3} s after its start, {:.3} s after it is up", first - started, first - up);
+        from_start.push(first - started);
+        after_up.push(first - up);
     }
+    distribution("card, start to first answer", &mut from_start, (RESTART_MEDIAN_S, f64::MAX));
+    distribution("card, up to first answer", &mut after_up, (RESUME_MEDIAN_S, RESUME_WITHIN_S));
+    let mut gaps = Vec::new();
     for moment in 0..moments() {
         let pings = Pings::begin(&region, &guest);
         std::thread::sleep(Duration::from_millis(300 + seed.below(700)));
@@ -115,15 +128,25 @@ fn guests_run_on_when_their_card_or_host_agent_dies() {
         std::thread::sleep(Duration::from_millis(1000));
         let answers = pings.end();
         let gap = answers.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max);
-        println!("host agent, moment {moment}: longest gap between pings {gap:.2} s");
-        assert!(gap < 0.8, "the guest noticed: {gap} s without an answer");
+        println!("host agent, moment {moment}: longest gap between pings {gap:.3} s");
+        gaps.push(gap);
     }
+    distribution("host agent, longest gap between pings", &mut gaps, (0.2, 0.8));
     assert_eq!(region.pids("qemu-system"), machine, "the machine is not the one that was launched");
     assert_eq!(region.ssh(&guest, "cat /proc/sys/kernel/random/boot_id"), boot);
 
     // The new agent has adopted the machine: it can stop it.
     region.terminate(&[&guest.id]);
     assert!(region.pids("qemu-system").is_empty());
+}
+
+/// Prints how seconds are spread, and holds their median and their largest to limits.
+fn distribution(what: &str, seconds: &mut [f64], limits: (f64, f64)) {
+    seconds.sort_by(f64::total_cmp);
+    let at = |part: usize| seconds[(seconds.len() - 1) * part / 100];
+    let (least, median, p90, most) = (at(0), at(50), at(90), at(100));
+    println!("{what}: {least:.3} to {most:.3} s, median {median:.3}, p90 {p90:.3}, {} moments", seconds.len());
+    assert!(median < limits.0 && most < limits.1, "{what}: more than {limits:?}");
 }
 
 fn metrics_up(region: &Region, card: &str) -> bool {

@@ -1,6 +1,11 @@
 //! Acceptance 9: the host has no address, no listening socket, no tenant data.
+//!
+//! The lab's stand-in for a PCIe function of the card is a Unix socket in the
+//! slot's folder, which only this host and its card can reach. A machine binds
+//! one for each of its functions, and they are the only ones that listen.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use hw_sim::{Region, root_or_skip};
 
@@ -19,6 +24,8 @@ fn the_host_side_has_no_address_no_listening_socket_and_no_tenant_data() {
     assert!(region.ssh(&guest, "sudo cat /var/lib/user-data").contains(SECRET));
     let host = region.card_of(&guest.id).replace("card-", "host-");
 
+    let slot = region.dir().join(host.replace("host-", "link-"));
+    let mut functions = BTreeSet::new();
     let mut pids = region.pids("qemu-system");
     pids.push(region.pid(&host));
     assert_eq!(pids.len(), 2);
@@ -34,21 +41,30 @@ fn the_host_side_has_no_address_no_listening_socket_and_no_tenant_data() {
             read("net/dev").lines().skip(2).filter_map(|line| line.split(':').next().map(|name| name.trim().to_owned())).collect();
         assert!(interfaces.iter().all(|name| name == "lo"), "interfaces of {pid}: {interfaces:?}");
 
-        // Listening Unix sockets have SO_ACCEPTCON (10000h) in their flags.
-        let listening: BTreeSet<String> = read("net/unix")
+        // Listening Unix sockets have SO_ACCEPTCON (10000h) in their flags; inode and path follow.
+        let listening: BTreeMap<String, PathBuf> = read("net/unix")
             .lines()
             .skip(1)
             .filter(|line| line.split_whitespace().nth(3) == Some("00010000"))
-            .filter_map(|line| line.split_whitespace().nth(6).map(str::to_owned))
+            .filter_map(|line| {
+                let mut words = line.split_whitespace().skip(6);
+                Some((words.next()?.to_owned(), words.next().unwrap_or_default().into()))
+            })
             .collect();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).expect("fds").flatten() {
             let target = std::fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
             if let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) {
-                assert!(!listening.contains(inode), "{pid} listens on socket {inode}");
+                if let Some(path) = listening.get(inode) {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    let of_a_function = ["eni-", "vol-"].iter().any(|kind| name.starts_with(kind)) && name.ends_with(".sock");
+                    assert!(path.parent() == Some(&slot) && of_a_function, "{pid} listens on {}", path.display());
+                    functions.insert(path.clone());
+                }
             }
             assert!(!target.ends_with(".raw") && !target.contains("/volumes/"), "{pid} has the disk {target} open");
         }
     }
+    assert_eq!(functions.len(), 2, "one network card, one disk: {functions:?}");
     let found = std::process::Command::new("grep")
         .args(["-r", "-l", "-a", SECRET])
         .arg(region.dir().join(&host))
@@ -57,4 +73,6 @@ fn the_host_side_has_no_address_no_listening_socket_and_no_tenant_data() {
         .expect("grep");
     assert!(found.stdout.is_empty(), "the secret is in {}", String::from_utf8_lossy(&found.stdout));
     region.terminate(&[&guest.id]);
+    let left: Vec<PathBuf> = functions.into_iter().filter(|socket| socket.exists()).collect();
+    assert!(left.is_empty(), "sockets of a machine that is gone: {left:?}");
 }

@@ -1,4 +1,4 @@
-//! What the card keeps in the world: sockets with servers behind them, volumes,
+//! What the card keeps in the world: servers of machines' functions, volumes,
 //! links to kernels. Does the [`Work`] that the core asks for, and nothing else.
 //!
 //! Work that may take long (copying a kernel, flushing to a volume whose card is
@@ -117,10 +117,10 @@ impl Devices {
         let Some(server) = self.disks.remove(&key.id) else {
             return Some(remove_file(&self.socket(&key.id)).map_err(text));
         };
-        let (report, stopped) = (self.report.clone(), key.clone());
+        let (report, stopped, socket) = (self.report.clone(), key.clone(), self.socket(&key.id));
         let stop = move || {
             server.stop();
-            report(stopped, Ok(()));
+            report(stopped, remove_file(&socket).map_err(text));
         };
         // It may wait for a volume whose card is away, so it has a thread to itself.
         thread::Builder::new().name("disk-stop".into()).spawn(stop).err().map(|error| Err(text(error)))

@@ -2,7 +2,7 @@
 //!
 //! The path of a block write enters here: guest queue → [`DiskServer`] → `storage_target::Initiator` ⇒ target.
 //!
-//! The card listens; the machine connects, and connects again when the card was away. Invariants:
+//! The machine binds a socket and the card connects to it, again whenever it is there anew. Invariants:
 //!
 //! - Requests of a ring are completed in the order in which the guest offered them. The used index then says
 //!   exactly which requests are unfinished, and a machine whose card died offers those, and only those, to
@@ -23,19 +23,17 @@ use machine::Machine;
 
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use dataplane::io::vhost::dial::Dialer;
 pub use storage_target::InitiatorSettings;
 use storage_target::{Command, CommandEnd, Initiator, Lba, NvmeStatus};
+use vhost::vhost_user::Error as VhostError;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::vhost_user::{Error as VhostError, Listener};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
 use virtio_bindings::bindings::virtio_blk as blk;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -64,7 +62,11 @@ const RANGE_SECTORS: u32 = 1 << 22;
 const RANGE_SEGMENTS: u32 = 16;
 /// How long a stop waits for the target before it gives up on it.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// How long a stop waits for the thread that serves the machine. Only a socket whose other side accepts
+/// nothing can hold that up, in a system call that has no time limit.
+const HANG_UP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Pause after a connection could not be served, which means that descriptors or threads ran out.
+const RETRY: Duration = Duration::from_millis(100);
 
 const STATUS_OK: u8 = 0;
 const STATUS_ERROR: u8 = 1;
@@ -76,7 +78,7 @@ type Chain = DescriptorChain<vm_memory::atomic::GuestMemoryLoadGuard<GuestMemory
 /// What happened at one disk since it was started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskCounters {
-    /// Machines that connected.
+    /// Connections to a machine.
     pub connections: u64,
     /// Requests answered well.
     pub completed: u64,
@@ -86,24 +88,22 @@ pub struct DiskCounters {
     pub malformed: u64,
 }
 
-/// A disk that a machine can connect to. Dropping it stops it.
+/// A disk of a machine. Dropping it stops it.
 pub struct DiskServer {
     disk: Arc<Disk>,
     socket: PathBuf,
-    server: Option<JoinHandle<()>>,
+    /// Disconnected when the serving thread has ended.
+    server: Option<mpsc::Receiver<()>>,
 }
 
 impl DiskServer {
-    /// Listens on `socket` and connects to the volume, without waiting for either side.
+    /// Serves whoever binds `socket` and connects to the volume, without waiting for either side.
     ///
     /// `serial` is what the guest reads with GET_ID, cut to 20 bytes; `size_bytes` is the capacity.
     ///
     /// # Errors
-    /// When the socket cannot be made, or no more threads can.
+    /// When descriptors or threads have run out.
     pub fn start(socket: PathBuf, initiator: InitiatorSettings, serial: String, size_bytes: u64) -> io::Result<Self> {
-        remove(&socket)?;
-        let listener = UnixListener::bind(&socket)?;
-        listener.set_nonblocking(true)?;
         let mut id = [0; 20];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
@@ -114,13 +114,16 @@ impl DiskServer {
             sectors: size_bytes / SECTOR,
             gate: Mutex::default(),
             idle: Condvar::new(),
-            stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            stopping: AtomicBool::new(false),
+            dialer: Dialer::new(socket.clone())?,
             connection: Mutex::default(),
             counting: Counting::default(),
         });
         let serving = Arc::clone(&disk);
-        let server = std::thread::Builder::new().name("disk".into()).spawn(move || serving.serve(listener))?;
+        let (ended, server) = mpsc::channel();
+        std::thread::Builder::new().name("disk".into()).spawn(move || {
+            serving.serve();
+            drop(ended);
+        })?;
         Ok(Self { disk, socket, server: Some(server) })
     }
 
@@ -143,7 +146,7 @@ impl DiskServer {
         self.disk.initiator.is_connected()
     }
 
-    /// Disconnects the machine, ends what is under way, flushes the volume, and removes the socket.
+    /// Hangs up, ends what is under way and flushes the volume. The socket file is the machine's and stays.
     ///
     /// A target that is away is waited for, but not for ever.
     pub fn stop(mut self) {
@@ -152,14 +155,13 @@ impl DiskServer {
 
     fn shut_down(&mut self) {
         let Some(server) = self.server.take() else { return };
-        self.disk.stopping.store(true, Ordering::Release);
-        let _ = rustix::io::write(&self.disk.stop, &1_u64.to_ne_bytes());
+        self.disk.dialer.stop();
         if let Some(handle) = &*lock(&self.disk.connection) {
             handle.shutdown();
         }
-        let _ = server.join();
-        if let Err(error) = remove(&self.socket) {
-            tracing::warn!(socket = %self.socket.display(), %error, "the socket stays");
+        if server.recv_timeout(HANG_UP_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            // The thread ends as soon as the call does; it serves nobody any more.
+            tracing::warn!(socket = %self.socket.display(), "the machine's end of the socket hangs");
         }
         let gate = lock(&self.disk.gate);
         let busy = |gate: &mut Gate| gate.current + gate.old > 0;
@@ -192,9 +194,7 @@ struct Disk {
     gate: Mutex<Gate>,
     /// Signalled when nothing is under way.
     idle: Condvar,
-    /// Readable when stopping.
-    stop: OwnedFd,
-    stopping: AtomicBool,
+    dialer: Dialer,
     connection: Mutex<Option<ShutdownHandle>>,
     counting: Counting,
 }
@@ -232,31 +232,18 @@ impl Gate {
 }
 
 impl Disk {
-    /// Takes one machine after the other.
-    fn serve(self: &Arc<Self>, listener: UnixListener) {
-        let ready = match listener.try_clone() {
-            Ok(ready) => ready,
-            Err(error) => return tracing::error!(%error, "disk listener"),
-        };
-        let mut listener = Listener::from(listener);
-        while !self.stopping.load(Ordering::Acquire) {
-            let mut fds = [PollFd::new(&ready, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
-            let waited = poll(&mut fds, None);
-            let [connecting, _] = &fds;
-            if waited.is_err() || !connecting.revents().contains(PollFlags::IN) {
-                continue;
-            }
-            if let Err(error) = self.connect(&mut listener) {
+    /// Serves one machine after the other.
+    fn serve(self: &Arc<Self>) {
+        while !self.dialer.is_stopped() {
+            if let Err(error) = self.connect() {
                 tracing::warn!(%error, "disk connection");
-                // Without a pause a lack of descriptors would spin here.
-                let pause = Timespec { tv_sec: 0, tv_nsec: ACCEPT_RETRY.subsec_nanos().into() };
-                let _ = poll(&mut [PollFd::new(&self.stop, PollFlags::IN)], Some(&pause));
+                std::thread::sleep(RETRY);
             }
         }
     }
 
-    /// Serves the machine that waits on the listener, until it goes.
-    fn connect(self: &Arc<Self>, listener: &mut Listener) -> Result<(), vhost_user_backend::Error> {
+    /// Waits for the next machine and serves it until it goes.
+    fn connect(self: &Arc<Self>) -> Result<(), DaemonError> {
         let memory = Memory::new(GuestMemoryMmap::new());
         let machine = Arc::new(Machine {
             disk: Arc::clone(self),
@@ -265,7 +252,7 @@ impl Disk {
             exit: Mutex::default(),
         });
         lock(&self.gate).machine = Some(Arc::clone(&machine));
-        let result = self.run(&machine, memory, listener);
+        let result = self.run(&machine, memory);
         machine.forget();
         if let Some(fd) = lock(&machine.exit).take() {
             // SAFETY: `fd` is the exit event that `Machine::exit_event` gave to the daemon, which turned it into a
@@ -273,17 +260,24 @@ impl Disk {
             drop(unsafe { OwnedFd::from_raw_fd(fd) });
         }
         match result {
-            Err(vhost_user_backend::Error::HandleRequest(VhostError::Disconnected | VhostError::PartialMessage)) => Ok(()),
+            Err(DaemonError::HandleRequest(VhostError::Disconnected | VhostError::PartialMessage)) => Ok(()),
             result => result,
         }
     }
 
-    fn run(&self, machine: &Arc<Machine>, memory: Memory, listener: &mut Listener) -> Result<(), vhost_user_backend::Error> {
+    fn run(&self, machine: &Arc<Machine>, memory: Memory) -> Result<(), DaemonError> {
         let mut daemon = VhostUserDaemon::new("disk-vhost".into(), Arc::clone(machine), memory)?;
-        daemon.start(listener)?;
+        let connect = |path: &std::path::Path| match daemon.start_client(&path.to_string_lossy()) {
+            Err(DaemonError::CreateBackendReqHandler(VhostError::SocketConnect(error))) => Err(error),
+            result => result.map_err(|error| io::Error::other(error.to_string())),
+        };
+        if self.dialer.dial(connect).is_none() {
+            return Ok(());
+        }
         self.counting.connections.fetch_add(1, Ordering::Relaxed);
         *lock(&self.connection) = daemon.shutdown_handle();
-        if self.stopping.load(Ordering::Acquire) {
+        // A stop that came before found no connection to shut down.
+        if self.dialer.is_stopped() {
             daemon.request_shutdown();
         }
         let result = daemon.wait();
@@ -358,13 +352,6 @@ impl Disk {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn remove(socket: &Path) -> io::Result<()> {
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! One thing that the card keeps in the world for an object: a socket with a
-//! server behind it, a volume, a link to a kernel.
+//! One thing that the card keeps in the world for an object: a server of a
+//! machine's function, a volume, a link to a kernel.
 //!
 //! ```text
 //!  Unknown ──► Filling ──► Full ──► Draining ──► Empty

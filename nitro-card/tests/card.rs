@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -324,9 +325,9 @@ async fn a_guest_is_launched_outlives_the_card_and_leaves_nothing() {
     let machine: Machine = machines.lock().unwrap().get("i-1").cloned().unwrap();
     assert_eq!(machine.smbios.unwrap().asset_tag, "i-1");
     assert_eq!(std::fs::read(rig.link().join(machine.kernel)).unwrap(), b"a kernel");
-    for name in ["eni-1.sock", "vol-0123456789abcdef0.sock"] {
-        std::os::unix::net::UnixStream::connect(rig.link().join(name)).unwrap();
-    }
+    // Its machine starts: the card finds the sockets of its functions.
+    let sockets = ["eni-1.sock", "vol-0123456789abcdef0.sock"].map(|name| UnixListener::bind(rig.link().join(name)).unwrap());
+    let connections: Vec<_> = sockets.iter().map(|socket| socket.accept().unwrap().0).collect();
 
     // Console: what was printed, and live both ways.
     let output = control.client.console_output(ConsoleOutputRequest { instance_id: "i-1".into() }).await.unwrap().into_inner();
@@ -340,6 +341,9 @@ async fn a_guest_is_launched_outlives_the_card_and_leaves_nothing() {
     first.join().unwrap();
     let before = machines.lock().unwrap().get("i-1").cloned().unwrap();
     rig.run().await;
+    // And the card that comes back finds them again.
+    drop(connections);
+    let _connections: Vec<_> = sockets.iter().map(|socket| socket.accept().unwrap().0).collect();
     let _second = host(&rig.link(), Arc::clone(&machines));
     let mut control = rig.control().await;
     control.until_phase(Kind::Instance, "i-1", Phase::MachineRunning).await;
@@ -354,7 +358,7 @@ async fn a_guest_is_launched_outlives_the_card_and_leaves_nothing() {
     let superseded = PutRequest { epoch: 0, object: Some(put_request::Object::Instance(instance(9))) };
     assert_eq!(control.client.put(superseded).await.unwrap_err().code(), tonic::Code::FailedPrecondition);
 
-    // Terminate.
+    // Terminate. The machine is killed and leaves its sockets behind.
     control.delete(Kind::Instance, "i-1", 2).await;
     control.delete(Kind::Port, "eni-1", 2).await;
     control.delete(Kind::Disk, "vol-0123456789abcdef0", 2).await;

@@ -29,6 +29,8 @@ use card_proto::host::{
     to_card::Report, to_host::Command,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -190,6 +192,7 @@ impl Host {
             }
             Event::Exited(how) => {
                 guest.exited(&how);
+                remove_sockets(&guest.desired.spec);
                 self.ledger.release(&source.id);
             }
         }
@@ -456,6 +459,16 @@ impl Host {
     fn send(&mut self, report: Report) {
         if self.greeted {
             self.outbox.push_back(ToCard { report: Some(report) });
+        }
+    }
+}
+
+/// Removes what a machine whose process was killed has left in the slot.
+fn remove_sockets(spec: &Spec) {
+    for socket in spec.functions.iter().map(|function| &function.socket) {
+        let left = fs::symlink_metadata(socket).is_ok_and(|metadata| metadata.file_type().is_socket());
+        if left && let Err(error) = fs::remove_file(socket) {
+            tracing::warn!(socket = %socket.display(), %error, "a socket stays");
         }
     }
 }

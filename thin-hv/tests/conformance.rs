@@ -15,10 +15,14 @@ use card_proto::host::{
 use card_proto::mailbox::{Listener, Receiver, Sender};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,6 +44,7 @@ struct Rig {
     synced: bool,
     console: String,
     storage: Option<Child>,
+    cables: Vec<Cable>,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -76,6 +81,7 @@ impl Rig {
             synced: false,
             console: String::new(),
             storage: None,
+            cables: Vec::new(),
             _turn: turn,
         };
         rig.greet();
@@ -197,7 +203,8 @@ impl Rig {
         self.folder.path().join("link")
     }
 
-    /// `count` disks, served by qemu-storage-daemon where a machine needs them.
+    /// `count` disks, served by qemu-storage-daemon where a machine needs them. It
+    /// listens as well, so each of its sockets has somebody who connects it to the machine's.
     fn disks(&mut self, count: usize) -> Option<Vec<Function>> {
         let names: Vec<String> = (0..count).map(|index| format!("vol-{index}")).collect();
         if self.kind == "qemu" {
@@ -210,13 +217,14 @@ impl Rig {
                 let file = self.folder.path().join(name);
                 fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
                 daemon.arg("--blockdev").arg(format!("driver=file,node-name={name},filename={}", file.display()));
-                let socket = self.link_dir().join(format!("{name}.sock"));
+                let socket = self.folder.path().join(format!("{name}.served"));
                 let export = format!("type=vhost-user-blk,id={name},node-name={name},addr.type=unix,addr.path={}", socket.display());
                 daemon.arg("--export").arg(export);
             }
             self.storage = Some(daemon.spawn().unwrap());
-            while !names.iter().all(|name| self.link_dir().join(format!("{name}.sock")).exists()) {
-                thread::sleep(Duration::from_millis(10));
+            for name in &names {
+                let (card, machine) = (self.folder.path().join(format!("{name}.served")), self.link_dir().join(format!("{name}.sock")));
+                self.cables.push(Cable::lay(card, machine));
             }
         }
         let disk = |name: String| Function {
@@ -240,6 +248,76 @@ impl Drop for Rig {
         if !thread::panicking() {
             assert!(released.success());
             assert_eq!(self.processes(), [] as [i32; 0]);
+        }
+    }
+}
+
+/// Connects two listening sockets, again and again while it lives, and carries
+/// bytes and descriptors between them.
+struct Cable(Arc<AtomicBool>);
+
+impl Cable {
+    fn lay(card: PathBuf, machine: PathBuf) -> Self {
+        let cut = Arc::new(AtomicBool::new(false));
+        thread::spawn({
+            let cut = Arc::clone(&cut);
+            move || {
+                while !cut.load(Ordering::Relaxed) {
+                    // Nobody gets a connection before there is one for the other.
+                    if let Ok(machine) = UnixStream::connect(&machine)
+                        && let Ok(card) = UnixStream::connect(&card)
+                    {
+                        carry(&machine, &card, &cut);
+                    }
+                    thread::sleep(Duration::from_millis(2));
+                }
+            }
+        });
+        Self(cut)
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn carry(one: &UnixStream, other: &UnixStream, cut: &AtomicBool) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    while !cut.load(Ordering::Relaxed) {
+        let mut fds = [PollFd::new(one, PollFlags::IN), PollFd::new(other, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 50_000_000 })).unwrap();
+        let ready = fds.each_ref().map(|fd| !fd.revents().is_empty());
+        for (from, to) in [(one, other), (other, one)].into_iter().zip(ready).filter_map(|(way, ready)| ready.then_some(way)) {
+            // Message by message, header and body, so that descriptors stay with theirs.
+            let mut header = [0; 12];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
+            let read = rustix::net::recvmsg(from, &mut [std::io::IoSliceMut::new(&mut header)], &mut ancillary, flags);
+            if read.map(|read| read.bytes) != Ok(header.len()) {
+                return;
+            }
+            let mut message = vec![0; u32::from_ne_bytes(header[8..].try_into().unwrap()) as usize];
+            let mut body = from;
+            if body.read_exact(&mut message).is_err() {
+                return;
+            }
+            message.splice(..0, header);
+            let files: Vec<_> = ancillary
+                .drain()
+                .filter_map(|message| if let RecvAncillaryMessage::ScmRights(files) = message { Some(files) } else { None })
+                .flatten()
+                .collect();
+            let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(16))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            assert!(borrowed.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(&borrowed)));
+            if rustix::net::sendmsg(to, &[std::io::IoSlice::new(&message)], &mut ancillary, SendFlags::NOSIGNAL).is_err() {
+                return;
+            }
         }
     }
 }
@@ -373,7 +451,7 @@ fn functions_come_and_go_while_the_guest_runs() {
 }
 
 #[test]
-fn a_function_whose_socket_is_not_there_is_plugged_when_it_comes() {
+fn a_function_whose_card_is_away_is_plugged_when_it_comes_and_the_guest_goes_on() {
     if let Some(mut rig) = Rig::new("qemu") {
         let mut machine = rig.machine("i-1");
         rig.put(&machine);
@@ -382,7 +460,12 @@ fn a_function_whose_socket_is_not_there_is_plugged_when_it_comes() {
         let kind = Some(Kind::Block(Block::default()));
         machine.functions = vec![Function { id: "vol-0".into(), socket: "vol-0.sock".into(), kind }];
         rig.put(&machine);
-        rig.until("the reason", |rig| rig.statuses["i-1"].message.contains("vol-0: its socket is not there"));
+        // The guest does not stand still for it.
+        let expected = banner(rig.kind);
+        rig.until("the banner", |rig| rig.console.contains(&expected));
+        rig.until("the reason", |rig| rig.statuses["i-1"].message.contains("vol-0: the card does not connect"));
+        let socket = rig.link_dir().join("vol-0.sock");
+        rig.until("what was given up is taken away", |_| !socket.exists());
         if rig.disks(1).is_some() {
             rig.until("the disk", |rig| rig.statuses["i-1"].functions == ["vol-0"] && rig.statuses["i-1"].message.is_empty());
         }
@@ -545,11 +628,13 @@ fn a_machine_that_does_not_fit_fails_with_the_reason() {
 }
 
 #[test]
-fn the_agent_has_no_network_no_listener_and_no_secret() {
+fn the_agent_has_no_network_no_listener_but_its_functions_and_no_secret() {
     if let Some(mut rig) = Rig::new("qemu") {
-        let machine = rig.machine("i-1");
+        let Some(disks) = rig.disks(1) else { return };
+        let machine = Machine { functions: disks, ..rig.machine("i-1") };
         rig.put(&machine);
         rig.until_phase(&machine, MachinePhase::Running);
+        let mut listening = 0;
         let mut processes = rig.processes();
         assert!(!fs::read(format!("/proc/{}/environ", processes[0])).unwrap().windows(7).any(|window| window == b"planted"));
         processes.push(i32::try_from(rig.agent.id()).unwrap());
@@ -561,12 +646,16 @@ fn the_agent_has_no_network_no_listener_and_no_secret() {
                 .flatten()
                 .filter_map(|fd| Some(fs::read_link(fd.path()).ok()?.to_string_lossy().into_owned()))
                 .collect();
-            // Column 4 of /proc/net/unix: bit 16 says that the socket listens.
+            // Column 4 of /proc/net/unix: bit 16 says that the socket listens. The only ones are the functions'.
             let sockets = fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap();
             for line in sockets.lines().skip(1) {
                 let fields: Vec<&str> = line.split_whitespace().collect();
                 let listens = u32::from_str_radix(fields[3], 16).unwrap() & 0x1_0000 != 0;
-                assert!(!(listens && own.contains(&format!("socket:[{}]", fields[6]))), "{line}");
+                if listens && own.contains(&format!("socket:[{}]", fields[6])) {
+                    let functions = machine.functions.iter().map(|function| rig.link_dir().join(&function.socket));
+                    assert!(functions.into_iter().any(|socket| socket.to_str() == fields.get(7).copied()), "{line}");
+                    listening += 1;
+                }
             }
             if rustix::process::geteuid().is_root() {
                 let devices = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap();
@@ -574,6 +663,13 @@ fn the_agent_has_no_network_no_listener_and_no_secret() {
                 assert_eq!(fs::read_to_string(format!("/proc/{pid}/net/fib_trie")).unwrap_or_default(), "");
             }
         }
+        assert_eq!(listening, 1);
+        let socket = rig.link_dir().join("vol-0.sock");
+        assert!(socket.exists());
+        let stopped = Machine { generation: 2, running: false, ..machine };
+        rig.put(&stopped);
+        rig.until_phase(&stopped, MachinePhase::Stopped);
+        assert!(!socket.exists(), "a killed machine leaves no socket");
     }
 }
 

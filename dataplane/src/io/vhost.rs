@@ -1,8 +1,9 @@
 //! The guest's network card: a vhost-user-net device on a Unix socket.
 //!
-//! The frontend (the machine that runs the guest) connects, shares the guest's
-//! memory and two virtqueues, and may go away and come back at any time; the
-//! device listens again for ever. The worker owns [`VhostPort`], a thread of the
+//! The frontend (the machine that runs the guest) binds the socket and the device
+//! connects to it ([`dial`]). The frontend then shares the guest's memory and two
+//! virtqueues; either side may go away and come back at any time, and the device
+//! connects again for ever. The worker owns [`VhostPort`], a thread of the
 //! port answers the frontend, and one lock keeps them apart: the thread holds it
 //! only to change the set-up, so the worker waits for it only then.
 //!
@@ -24,15 +25,13 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl};
 use rustix::net::RecvFlags;
 use vhost::VhostUserMemoryRegionBase;
@@ -48,10 +47,12 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use self::dial::Dialer;
 use self::ring::{Layout, Ring, RingCounters, count};
 use super::{BURST, PacketIo};
 use crate::packet::{FRAME_MAX, Packet, Pool};
 
+pub mod dial;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -63,8 +64,6 @@ const FROM_GUEST: usize = 1;
 /// Looks at the ring in one turn: a guest that offers what gives no frame, or single
 /// frames without end, gets the next turn like everybody else.
 const ROUNDS: usize = 4;
-/// Pause after the listener failed, which means that descriptors ran out.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_NET_F_MRG_RXBUF
@@ -81,15 +80,13 @@ pub struct VhostPort {
 /// The manager's side: ends the device when stopped or dropped.
 pub struct VhostControl {
     shared: Arc<Shared>,
-    socket: PathBuf,
-    socket_id: (u64, u64),
     server: Option<JoinHandle<()>>,
 }
 
 /// What happened at one port since it was started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VhostCounters {
-    /// Frontends that connected.
+    /// Connections to a frontend.
     pub connections: u64,
     /// Descriptor chains of the guest that were refused: loops, addresses
     /// outside of its memory, no frame in it.
@@ -108,8 +105,7 @@ struct Shared {
     frame_max: usize,
     epoll: OwnedFd,
     bell: OwnedFd,
-    stop: OwnedFd,
-    stopping: AtomicBool,
+    dialer: Dialer,
     connection: Mutex<Option<UnixStream>>,
     connections: AtomicU64,
     counters: RingCounters,
@@ -134,36 +130,35 @@ struct Region {
 }
 
 impl VhostPort {
-    /// Listens on `socket` and serves one frontend after the other. A stale socket
-    /// file is replaced. Frames are at most as long as `mtu` bytes of IP need.
+    /// Serves whoever binds `socket`, as often as it does, without waiting for it.
+    /// Frames are at most as long as `mtu` bytes of IP need.
     ///
     /// # Errors
-    /// When `socket` cannot be bound, is a file of another kind, or descriptors or
-    /// threads have run out.
+    /// When descriptors or threads have run out.
     pub fn start(socket: PathBuf, mtu: u16) -> io::Result<(Self, VhostControl)> {
         let frame_max = FRAME_MAX.min(usize::from(mtu) + FRAME_OVERHEAD);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         watch(&epoll, &bell)?;
         let shared = Arc::new(Shared {
             device: Mutex::new(Device::new(frame_max)),
             frame_max,
             epoll,
             bell,
-            stop,
-            stopping: AtomicBool::new(false),
+            dialer: Dialer::new(socket)?,
             connection: Mutex::new(None),
             connections: AtomicU64::new(0),
             counters: RingCounters::default(),
         });
-        let listener = listen(&socket)?;
-        let socket_id = file_id(&socket)?;
         let server = thread::Builder::new().name("vhost-net".to_owned()).spawn({
             let shared = Arc::clone(&shared);
-            move || serve(&shared, &listener)
+            move || {
+                while let Some(stream) = shared.dialer.dial(dial::connect) {
+                    serve_frontend(&shared, stream);
+                }
+            }
         })?;
-        let control = VhostControl { shared: Arc::clone(&shared), socket, socket_id, server: Some(server) };
+        let control = VhostControl { shared: Arc::clone(&shared), server: Some(server) };
         Ok((Self { shared }, control))
     }
 }
@@ -235,8 +230,8 @@ fn receive(
 }
 
 impl VhostControl {
-    /// Closes the device: no frontend can connect, the worker finds it empty, the
-    /// socket file is gone when this returns.
+    /// Closes the device: no frontend is served any more, the worker finds it empty.
+    /// The socket file is the frontend's and stays.
     pub fn stop(mut self) {
         self.close();
     }
@@ -262,12 +257,7 @@ impl VhostControl {
 
     fn close(&mut self) {
         let Some(server) = self.server.take() else { return };
-        // A process that took the path over since keeps its socket.
-        if file_id(&self.socket).is_ok_and(|id| id == self.socket_id) {
-            let _ = std::fs::remove_file(&self.socket);
-        }
-        self.shared.stopping.store(true, Ordering::Release);
-        let _ = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes());
+        self.shared.dialer.stop();
         if let Some(connection) = &*lock(&self.shared.connection) {
             // Already disconnected is as good.
             let _ = connection.shutdown(std::net::Shutdown::Both);
@@ -283,31 +273,14 @@ impl Drop for VhostControl {
     }
 }
 
-/// Accepts and serves frontends, one at a time, until the port is stopped.
-fn serve(shared: &Arc<Shared>, listener: &UnixListener) {
-    while !shared.stopping.load(Ordering::Acquire) {
-        let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(&shared.stop, PollFlags::IN)];
-        // Interrupted by a signal: the accept below then finds nothing.
-        let _ = poll(&mut fds, None);
-        match listener.accept() {
-            Ok((stream, _)) => serve_frontend(shared, stream),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(error) => {
-                tracing::warn!(%error, "no frontend could be accepted");
-                thread::sleep(ACCEPT_RETRY);
-            }
-        }
-    }
-}
-
 /// Answers one frontend until it goes away or breaks the protocol.
 fn serve_frontend(shared: &Arc<Shared>, stream: UnixStream) {
     let Ok(clone) = stream.try_clone() else { return };
     *lock(&shared.connection) = Some(clone);
-    // `close` sets the flag before it looks for a connection to shut down.
-    if !shared.stopping.load(Ordering::Acquire) && stream.set_nonblocking(false).is_ok() {
+    // `close` stops the dialer before it looks for a connection to shut down.
+    if !shared.dialer.is_stopped() {
         shared.connections.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!("frontend connected");
+        tracing::debug!("connected to the frontend");
         match answer_requests(shared, stream) {
             ProtocolError::Disconnected | ProtocolError::PartialMessage => tracing::debug!("frontend went away"),
             error => tracing::warn!(%error, "frontend refused"),
@@ -723,24 +696,6 @@ fn take_eventfd(file: File) -> ProtocolResult<OwnedFd> {
 fn watch(epoll: &OwnedFd, source: &impl AsFd) -> io::Result<()> {
     let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
     Ok(epoll::add(epoll, source, epoll::EventData::new_u64(0), flags)?)
-}
-
-/// Binds `socket`, in place of a socket file that an earlier process left.
-fn listen(socket: &Path) -> io::Result<UnixListener> {
-    match std::fs::symlink_metadata(socket) {
-        Ok(metadata) if metadata.file_type().is_socket() => std::fs::remove_file(socket)?,
-        Ok(_) => return Err(io::Error::new(io::ErrorKind::AlreadyExists, "the path is taken by another kind of file")),
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(socket)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-/// Device and inode, by which a file is told from one that took its name.
-fn file_id(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = std::fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Locks what no code leaves half-changed, so that poison says nothing.

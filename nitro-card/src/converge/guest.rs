@@ -41,7 +41,7 @@ pub struct Part {
     pub function: host::Function,
     /// Desired for this machine.
     pub wanted: bool,
-    /// Its socket listens, for this machine.
+    /// Its server waits for this machine, or serves it.
     pub served: bool,
     /// Its server is neither starting nor stopping.
     pub settled: bool,

@@ -91,20 +91,21 @@ pub enum Output {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // the comments say it
 pub enum Work {
-    /// Listen on the port's socket and join it to the packet path.
+    /// Serve whoever binds the port's socket and join it to the packet path.
     PortStart {
         number: PortId,
         mtu: u16,
     },
+    /// Stop that, and remove the socket of a machine that died.
     PortStop {
         number: PortId,
     },
-    /// Connect to the volume and serve it on the disk's socket.
+    /// Connect to the volume and serve it to whoever binds the disk's socket.
     DiskStart {
         source: Source,
         serial: String,
     },
-    /// Flush, then remove the socket.
+    /// Flush, and remove the socket of a machine that died.
     DiskStop,
     VolumePut(Spec),
     VolumeDelete,

@@ -8,6 +8,10 @@
 //! | rng    | boot disk | network cards | other disks |
 //!
 //! A kind that has filled its slots goes on to any free one.
+//!
+//! A function is a vhost-user socket that QEMU binds and the card connects to:
+//! a card that comes back is there within milliseconds, where QEMU as the one
+//! who connects would look for it once a second.
 
 use super::{Boot, Function, FunctionKind, Launch};
 use crate::partition::PAGE_BYTES;
@@ -79,7 +83,7 @@ pub(super) fn arguments(launch: &Launch<'_>, accelerator: Accelerator, slots: &B
     }
     for function in &spec.functions {
         let plug = Plug::new(function, slots.get(&function.id).copied().unwrap_or_default(), accelerator);
-        line.pair("-chardev", &format!("socket,id={},path={},reconnect=1", plug.chardev, quoted(&function.socket)));
+        line.pair("-chardev", &format!("socket,id={},path={},server=on,wait=off", plug.chardev, quoted(&function.socket)));
         if let Some(netdev) = &plug.netdev {
             line.pair("-netdev", &options(netdev));
         }
@@ -89,6 +93,7 @@ pub(super) fn arguments(launch: &Launch<'_>, accelerator: Accelerator, slots: &B
 }
 
 /// The objects of QEMU behind one function, as its monitor takes them.
+#[derive(Clone)]
 pub(super) struct Plug {
     /// Id of the socket.
     pub(super) chardev: String,
@@ -106,7 +111,7 @@ impl Plug {
         let chardev = chardev_id(id);
         let backend = json!({
             "type": "socket",
-            "data": { "addr": { "type": "unix", "data": { "path": function.socket } }, "server": false, "reconnect": 1 },
+            "data": { "addr": { "type": "unix", "data": { "path": function.socket } }, "server": true, "wait": false },
         });
         let mut device = object(json!({ "id": device_id(id), "bus": "pci.0", "addr": format!("{slot:#x}") }));
         let netdev = match function.kind {

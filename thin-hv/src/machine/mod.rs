@@ -169,7 +169,7 @@ pub enum Boot {
 pub struct Function {
     /// Stable while it is plugged.
     pub id: String,
-    /// Its vhost-user socket, on which the card listens.
+    /// Its vhost-user socket: the machine binds it, the card connects.
     pub socket: PathBuf,
     /// What it is.
     pub kind: FunctionKind,

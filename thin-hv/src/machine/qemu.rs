@@ -10,6 +10,9 @@
 //!   inherits the locked file. No process id is written down, so none can be stale.
 //! - The process is found by the path of its monitor in its command line.
 //! - A kill goes to a pidfd, so it cannot hit another process.
+//! - QEMU stands still while it makes a device whose socket nobody has connected
+//!   to. A starting machine may do so; a running one gets the device only when
+//!   the card is connected.
 //!
 //! Two accelerators: KVM where the host has hardware virtualisation, TCG
 //! elsewhere. A KVM that interprets ring 0 is slower than TCG for a Linux guest,
@@ -36,6 +39,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// How long a running machine's new function waits for the card, before it is
+/// given up; less than the interval at which functions are asked for again.
+const CARD_PATIENCE: Duration = Duration::from_millis(2500);
 const PROGRAM: &str = "qemu-system-x86_64";
 /// What the console's FIFO holds while no agent reads it.
 const CONSOLE_FIFO_BYTES: usize = 1024 * 1024;
@@ -83,7 +89,14 @@ impl Qemu {
         })
     }
 
-    fn machine(&self, launch: &Launch<'_>, process: OwnedFd, fifos: Fifos, slots: Slots, events: Events) -> io::Result<Box<dyn Machine>> {
+    fn machine(
+        &self,
+        launch: &Launch<'_>,
+        process: OwnedFd,
+        fifos: Fifos,
+        functions: Functions,
+        events: Events,
+    ) -> io::Result<Box<dyn Machine>> {
         let process = Arc::new(process);
         let commands = Arc::new(Commands::new(fifos.qmp_in, self.agent));
         let console = Arc::new(Console::default());
@@ -94,7 +107,7 @@ impl Qemu {
             commands: commands.clone(),
             console: console.clone(),
             cpus: cpus.collect(),
-            slots: slots.clone(),
+            functions: functions.clone(),
             events: events.clone(),
             qmp_out: fifos.qmp_out,
             serial_out: fifos.serial_out,
@@ -106,7 +119,15 @@ impl Qemu {
         commands.send("cpus", "query-cpus-fast", json!({}));
         commands.send("pci", "query-pci", json!({}));
         commands.send("status", "query-status", json!({}));
-        Ok(Box::new(QemuMachine { accelerator: self.accelerator, process, commands, console, slots, events, serial_in: fifos.serial_in }))
+        Ok(Box::new(QemuMachine {
+            accelerator: self.accelerator,
+            process,
+            commands,
+            console,
+            functions,
+            events,
+            serial_in: fifos.serial_in,
+        }))
     }
 }
 
@@ -130,14 +151,14 @@ impl Vmm for Qemu {
         let log = open(&folder.join("log"), OFlags::RDWR)?;
         let process = self.spawn(launch, &slots, lock, log)?;
         let killed_on_error = rustix::io::dup(&process)?;
-        self.machine(launch, process, fifos, Slots::new(slots), events).inspect_err(|_| kill(&killed_on_error))
+        self.machine(launch, process, fifos, Functions::new(slots), events).inspect_err(|_| kill(&killed_on_error))
     }
 
     fn adopt(&mut self, launch: &Launch<'_>, events: Events) -> io::Result<Option<Box<dyn Machine>>> {
         let Some(process) = find(launch.folder)? else { return Ok(None) };
         // The slots come with the answer to `query-pci`, before any plug.
-        let slots = Slots::new(BTreeMap::new());
-        self.machine(launch, process, Fifos::open(launch.folder)?, slots, events).map(Some)
+        let functions = Functions::new(BTreeMap::new());
+        self.machine(launch, process, Fifos::open(launch.folder)?, functions, events).map(Some)
     }
 }
 
@@ -167,17 +188,30 @@ pub fn probe() -> Accelerator {
     if usable && (has("vmx", "kvm_intel") || has("svm", "kvm_amd")) { Accelerator::Kvm } else { Accelerator::Tcg }
 }
 
-/// Which function is in which slot of the machine's bus.
+/// What is on the machine's bus, and what is on its way there.
 #[derive(Clone)]
-pub(super) struct Slots(Arc<Mutex<BTreeMap<String, u8>>>);
+pub(super) struct Functions(Arc<Mutex<Bus>>);
 
-impl Slots {
+pub(super) struct Bus {
+    /// The slot of each function.
+    pub(super) slots: BTreeMap<String, u8>,
+    /// Functions whose device is made once the card has connected.
+    pub(super) awaited: BTreeMap<String, Awaited>,
+}
+
+pub(super) struct Awaited {
+    pub(super) plug: Plug,
+    /// Then it is given up.
+    pub(super) until: Instant,
+}
+
+impl Functions {
     fn new(slots: BTreeMap<String, u8>) -> Self {
-        Self(Arc::new(Mutex::new(slots)))
+        Self(Arc::new(Mutex::new(Bus { slots, awaited: BTreeMap::new() })))
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, BTreeMap<String, u8>> {
-        // A map of numbers: a panic elsewhere leaves it usable.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Bus> {
+        // Maps that no code leaves half-changed: a panic elsewhere leaves them usable.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -187,7 +221,7 @@ struct QemuMachine {
     process: Arc<OwnedFd>,
     commands: Arc<Commands>,
     console: Arc<Console>,
-    slots: Slots,
+    functions: Functions,
     events: Events,
     serial_in: File,
 }
@@ -204,26 +238,16 @@ impl Machine for QemuMachine {
 
     fn plug(&mut self, function: &Function) {
         let id = &function.id;
-        let slot = {
-            let mut slots = self.slots.lock();
-            let slot = slots.get(id).copied().or_else(|| command_line::slot(function.kind, &slots));
-            slots.extend(slot.map(|slot| (id.clone(), slot)));
-            slot
+        let mut bus = self.functions.lock();
+        let slot = bus.slots.get(id).copied().or_else(|| command_line::slot(function.kind, &bus.slots));
+        let Some(slot) = slot else {
+            return self.events.send(Event::PlugFailed { function: id.clone(), message: "no slot is free".to_owned() });
         };
-        let fail = |message: &str| self.events.send(Event::PlugFailed { function: id.clone(), message: message.to_owned() });
-        let Some(slot) = slot else { return fail("no slot is free") };
-        if !function.socket.exists() {
-            // QEMU would stand still until somebody listens.
-            self.slots.lock().remove(id);
-            return fail("its socket is not there yet");
-        }
-        let Plug { chardev, backend, netdev, device } = Plug::new(function, slot, self.accelerator);
-        let part = format!("part {id}");
-        self.commands.send(&part, "chardev-add", json!({ "id": chardev, "backend": backend }));
-        if let Some(netdev) = netdev {
-            self.commands.send(&part, "netdev_add", netdev.into());
-        }
-        self.commands.send(&format!("plug {id}"), "device_add", device.into());
+        bus.slots.insert(id.clone(), slot);
+        let plug = Plug::new(function, slot, self.accelerator);
+        self.commands.send(&format!("part {id}"), "chardev-add", json!({ "id": plug.chardev, "backend": plug.backend }));
+        bus.awaited.insert(id.clone(), Awaited { plug, until: Instant::now() + CARD_PATIENCE });
+        ask_for_sockets(&self.commands);
     }
 
     fn unplug(&mut self, id: &str) {
@@ -243,6 +267,19 @@ impl Machine for QemuMachine {
     fn console_output(&mut self, limit: usize) -> Vec<u8> {
         self.console.take(limit)
     }
+}
+
+/// Asks which sockets are connected; the answer makes the devices behind them.
+pub(super) fn ask_for_sockets(commands: &Commands) {
+    commands.send("sockets", "query-chardev", json!({}));
+}
+
+/// Makes the device of a function whose socket is connected.
+pub(super) fn add_device(commands: &Commands, function: &str, plug: Plug) {
+    if let Some(netdev) = plug.netdev {
+        commands.send(&format!("part {function}"), "netdev_add", netdev.into());
+    }
+    commands.send(&format!("plug {function}"), "device_add", plug.device.into());
 }
 
 /// Removes what is behind a function whose device is gone.

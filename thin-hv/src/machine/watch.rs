@@ -1,14 +1,15 @@
 //! The thread beside one QEMU process: it reads all that comes out of it.
 //!
 //! It turns the monitor's replies and events into [`Event`]s, pins the vCPUs,
+//! makes the device of a function once the card has connected to its socket,
 //! fills the console and sees the process end. It decides nothing.
 
-use super::command_line::function_id;
-use super::qemu::{Slots, remove_parts};
+use super::command_line::{chardev_id, function_id};
+use super::qemu::{Functions, add_device, ask_for_sockets, remove_parts};
 use super::qmp::{Commands, Lines, Message};
 use super::{Event, Events};
 use crate::console::Console;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 use rustix::thread::CpuSet;
@@ -18,7 +19,10 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+/// How often QEMU is asked whether the card has connected to a new function.
+const SOCKETS_INTERVAL: Duration = Duration::from_millis(5);
 /// Messages of QEMU that are logged per run of a machine: a guest can provoke them.
 const LOG_LINES_MAX: u32 = 100;
 
@@ -29,7 +33,7 @@ pub(super) struct Watcher {
     pub(super) console: Arc<Console>,
     /// The real CPU of each vCPU.
     pub(super) cpus: Vec<usize>,
-    pub(super) slots: Slots,
+    pub(super) functions: Functions,
     pub(super) events: Events,
     pub(super) qmp_out: File,
     pub(super) serial_out: File,
@@ -48,6 +52,8 @@ struct State {
     off: bool,
     /// What went wrong with a part of a function that is being plugged.
     part_errors: BTreeMap<String, String>,
+    /// When to ask again for sockets that a function waits for.
+    ask_at: Option<Instant>,
 }
 
 impl Watcher {
@@ -55,7 +61,11 @@ impl Watcher {
     pub(super) fn run(self) {
         let mut state = State::default();
         loop {
-            let ready = self.wait();
+            let ready = self.wait(state.ask_at);
+            if state.ask_at.is_some_and(|at| at <= Instant::now()) {
+                state.ask_at = None;
+                ask_for_sockets(&self.commands);
+            }
             let outcome = ready.and_then(|ended| {
                 self.read_qmp(&mut state)?;
                 self.read_console()?;
@@ -83,12 +93,14 @@ impl Watcher {
         self.events.send(Event::Exited(how));
     }
 
-    /// Waits until there is something to read; true when the process has ended.
-    fn wait(&self) -> io::Result<bool> {
+    /// Waits until there is something to read, at most until `at`; true when the
+    /// process has ended.
+    fn wait(&self, at: Option<Instant>) -> io::Result<bool> {
         // A FIFO whose writer is gone stays ready: the process ends in a moment.
         let files = [self.process.as_fd(), self.qmp_out.as_fd(), self.serial_out.as_fd(), self.log.as_fd()];
         let mut polled = files.map(|file| PollFd::from_borrowed_fd(file, PollFlags::IN));
-        match rustix::event::poll(&mut polled, None) {
+        let timeout = at.and_then(|at| Timespec::try_from(at.saturating_duration_since(Instant::now())).ok());
+        match rustix::event::poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => Ok(polled.first().is_some_and(|process| !process.revents().is_empty())),
             Err(errno) => Err(errno.into()),
         }
@@ -107,6 +119,11 @@ impl Watcher {
         for bytes in chunks(&self.log) {
             for line in state.log.push(&bytes?)? {
                 let line: String = String::from_utf8_lossy(&line).chars().filter(|letter| !letter.is_control()).take(500).collect();
+                if line.contains(": info: QEMU waiting for connection on: ") {
+                    // It starts before the card has seen its sockets, as it should.
+                    tracing::debug!(machine = self.id, line, "QEMU says");
+                    continue;
+                }
                 state.log_lines += 1;
                 match state.log_lines {
                     ..=LOG_LINES_MAX => tracing::warn!(machine = self.id, line, "QEMU says"),
@@ -138,7 +155,7 @@ impl Watcher {
             (("pci", _), Ok(buses)) => {
                 let slots = functions(&buses);
                 state.plugged = Some(slots.keys().cloned().collect());
-                *self.slots.lock() = slots;
+                self.functions.lock().slots = slots;
             }
             (("status", _), Ok(status)) => match status.get("status").and_then(Value::as_str).unwrap_or_default() {
                 "running" => state.plugged.take().into_iter().for_each(|plugged| self.events.send(Event::Ready(plugged))),
@@ -155,13 +172,14 @@ impl Watcher {
                 }
                 other => return Err(io::Error::other(format!("the machine stopped: {other}"))),
             },
+            (("sockets", _), Ok(sockets)) => self.connected(state, &sockets),
             (("part", function), Err(error)) => drop(state.part_errors.entry(function.to_owned()).or_insert(error)),
             (("plug", function), Ok(_)) => {
                 state.part_errors.remove(function);
                 self.events.send(Event::Plugged(function.to_owned()));
             }
             (("plug", function), Err(error)) => {
-                self.slots.lock().remove(function);
+                self.functions.lock().slots.remove(function);
                 remove_parts(&self.commands, function);
                 let message = state.part_errors.remove(function).unwrap_or(error);
                 self.events.send(Event::PlugFailed { function: function.to_owned(), message });
@@ -187,11 +205,41 @@ impl Watcher {
             "DEVICE_DELETED" => {
                 if let Some(function) = data.get("device").and_then(Value::as_str).and_then(function_id) {
                     remove_parts(&self.commands, function);
-                    self.slots.lock().remove(function);
+                    self.functions.lock().slots.remove(function);
                     self.events.send(Event::Unplugged(function.to_owned()));
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Goes on with the functions whose sockets the card has connected to, and
+    /// gives up those for which it did not in time.
+    fn connected(&self, state: &mut State, sockets: &Value) {
+        let mut bus = self.functions.lock();
+        let now = Instant::now();
+        let (mut connected, mut failed) = (Vec::new(), Vec::new());
+        for (function, awaited) in &bus.awaited {
+            match is_connected(sockets, &chardev_id(function)) {
+                Some(true) => connected.push(function.clone()),
+                Some(false) if now < awaited.until => state.ask_at = Some(now + SOCKETS_INTERVAL),
+                Some(false) => failed.push((function.clone(), "the card does not connect to its socket".to_owned())),
+                None => {
+                    let message = state.part_errors.remove(function);
+                    failed.push((function.clone(), message.unwrap_or_else(|| "it has no socket".to_owned())));
+                }
+            }
+        }
+        for function in connected {
+            if let Some(awaited) = bus.awaited.remove(&function) {
+                add_device(&self.commands, &function, awaited.plug);
+            }
+        }
+        for (function, message) in failed {
+            bus.awaited.remove(&function);
+            bus.slots.remove(&function);
+            remove_parts(&self.commands, &function);
+            self.events.send(Event::PlugFailed { function, message });
         }
     }
 
@@ -235,6 +283,14 @@ fn functions(buses: &Value) -> BTreeMap<String, u8> {
         .collect()
 }
 
+/// What a `query-chardev` answer says of a listening socket; `None` when there
+/// is none of that name.
+fn is_connected(sockets: &Value, chardev: &str) -> Option<bool> {
+    let mut sockets = sockets.as_array().into_iter().flatten();
+    let socket = sockets.find(|socket| socket.get("label").and_then(Value::as_str) == Some(chardev))?;
+    Some(!socket.get("filename")?.as_str()?.starts_with("disconnected:"))
+}
+
 /// What can be read from a FIFO without waiting.
 fn chunks(mut file: &File) -> impl Iterator<Item = io::Result<Vec<u8>>> {
     std::iter::from_fn(move || {
@@ -269,5 +325,17 @@ mod tests {
         ] }]);
         assert_eq!(functions(&buses), BTreeMap::from([("vol-1".to_owned(), 4), ("eni-1".to_owned(), 5)]));
         assert!(functions(&json!({ "x": [1] })).is_empty());
+    }
+
+    #[test]
+    fn a_socket_is_connected_or_not_or_not_there() {
+        let sockets = json!([
+            { "frontend-open": true, "filename": "pipe", "label": "qmp" },
+            { "frontend-open": false, "filename": "disconnected:unix:/l/eni-1.sock,server=on", "label": "c-eni-1" },
+            { "frontend-open": false, "filename": "unix:/l/eni-2.sock,server=on", "label": "c-eni-2" },
+            { "label": "c-eni-3" },
+        ]);
+        let found = ["c-eni-1", "c-eni-2", "c-eni-3", "c-eni-4"].map(|chardev| is_connected(&sockets, chardev));
+        assert_eq!(found, [Some(false), Some(true), None, None]);
     }
 }

@@ -4,10 +4,12 @@
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::fence;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{MemfdFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -81,8 +83,8 @@ impl Guest {
     }
 
     /// Does what a frontend does on each connection.
-    fn connect(&self, socket: &Path) -> Frontend {
-        let mut frontend = connect(socket);
+    fn connect(&self, listener: &UnixListener) -> Frontend {
+        let mut frontend = Frontend::from_stream(accept(listener), 2);
         let features = frontend.get_features().unwrap();
         assert_eq!(features, FEATURES);
         frontend.get_protocol_features().unwrap();
@@ -225,15 +227,17 @@ impl Guest {
     }
 }
 
-/// The server thread may not have come around to the next frontend yet.
-fn connect(socket: &Path) -> Frontend {
-    Frontend::connect(socket, 2).unwrap()
+/// Takes the next connection of the card.
+fn accept(listener: &UnixListener) -> UnixStream {
+    listener.accept().unwrap().0
 }
 
-fn start(dir: &tempfile::TempDir) -> (VhostPort, VhostControl, PathBuf) {
+/// A port, and the socket of its machine.
+fn start(dir: &tempfile::TempDir) -> (VhostPort, VhostControl, UnixListener) {
     let socket = dir.path().join("port.sock");
-    let (port, control) = VhostPort::start(socket.clone(), 9001).unwrap();
-    (port, control, socket)
+    let listener = UnixListener::bind(&socket).unwrap();
+    let (port, control) = VhostPort::start(socket, 9001).unwrap();
+    (port, control, listener)
 }
 
 fn readable(port: &VhostPort, patience: Duration) -> bool {
@@ -289,11 +293,11 @@ fn frame(seed: u8, len: usize) -> Vec<u8> {
 fn frames_pass_both_ways() {
     for event_idx in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let (mut port, control, socket) = start(&dir);
+        let (mut port, control, listener) = start(&dir);
         let mut pool = Pool::new(64);
         let mut guest = Guest::new(event_idx);
         assert_eq!(send(&mut port, &mut pool, &[&frame(0, 60)]), 1, "nobody is there yet");
-        let _frontend = guest.connect(&socket);
+        let _frontend = guest.connect(&listener);
         assert!(control.running());
 
         guest.transmit(&frame(1, 60)).unwrap();
@@ -321,9 +325,9 @@ fn frames_pass_both_ways() {
 #[test]
 fn rings_enabled_before_any_feature_is_acknowledged_start() {
     let dir = tempfile::tempdir().unwrap();
-    let (_port, control, socket) = start(&dir);
+    let (_port, control, listener) = start(&dir);
     let guest = Guest::new(true);
-    let mut stream = UnixStream::connect(&socket).unwrap();
+    let mut stream = accept(&listener);
     let frontend = Frontend::from_stream(stream.try_clone().unwrap(), 2);
     frontend.get_features().unwrap();
     for (index, need_reply) in [(0u32, 0u32), (1, 8)] {
@@ -349,10 +353,10 @@ fn rings_enabled_before_any_feature_is_acknowledged_start() {
 fn kicks_wake_and_are_suppressed_while_the_worker_is_awake() {
     for event_idx in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let (mut port, _control, socket) = start(&dir);
+        let (mut port, _control, listener) = start(&dir);
         let mut pool = Pool::new(64);
         let mut guest = Guest::new(event_idx);
-        let _frontend = guest.connect(&socket);
+        let _frontend = guest.connect(&listener);
         assert!(readable(&port, PATIENCE), "the bell of a new ring");
         assert!(take_all(&mut port, &mut pool).is_empty());
         assert!(!readable(&port, Duration::ZERO), "an idle port lets the worker sleep");
@@ -388,9 +392,9 @@ fn no_wake_up_is_lost() {
     const FRAMES: u32 = 50_000;
     for event_idx in [false, true] {
         let dir = tempfile::tempdir().unwrap();
-        let (mut port, _control, socket) = start(&dir);
+        let (mut port, _control, listener) = start(&dir);
         let mut guest = Guest::new(event_idx);
-        let _frontend = guest.connect(&socket);
+        let _frontend = guest.connect(&listener);
         let driver = thread::spawn(move || {
             let mut sent = 0u32;
             while sent < FRAMES {
@@ -427,10 +431,10 @@ fn no_wake_up_is_lost() {
 #[test]
 fn frontend_and_device_may_each_go_and_come_back() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut port, mut control, socket) = start(&dir);
+    let (mut port, mut control, listener) = start(&dir);
     let mut pool = Pool::new(64);
     let mut guest = Guest::new(true);
-    let mut frontend = guest.connect(&socket);
+    let mut frontend = guest.connect(&listener);
     guest.offer_buffers(16, 1526);
     for round in 0..10u8 {
         guest.transmit(&frame(round, 99)).unwrap();
@@ -446,11 +450,12 @@ fn frontend_and_device_may_each_go_and_come_back() {
             drop(frontend);
             wait_for(&mut port, &mut pool, |_| !control.running());
         } else {
-            // The card's process dies: a new one takes the path over.
-            (port, control, _) = start(&dir);
+            // The card's process dies and starts again.
+            drop((port, control));
             drop(frontend);
+            (port, control) = VhostPort::start(dir.path().join("port.sock"), 9001).unwrap();
         }
-        frontend = guest.connect(&socket);
+        frontend = guest.connect(&listener);
         guest.offer_buffers(1, 1526);
     }
     assert_eq!(control.counters().malformed, 0);
@@ -460,46 +465,56 @@ fn frontend_and_device_may_each_go_and_come_back() {
 #[test]
 fn buffers_used_before_a_crash_are_announced_by_the_next_device() {
     let dir = tempfile::tempdir().unwrap();
-    let (port, control, socket) = start(&dir);
+    let (port, control, listener) = start(&dir);
     let guest = Guest::new(true);
-    let frontend = guest.connect(&socket);
+    let frontend = guest.connect(&listener);
     drop((port, control, frontend));
     while guest.queues[0].call.read().is_ok() {}
-    let (_port, _control, socket) = start(&dir);
-    let _frontend = guest.connect(&socket);
+    let (_port, _control) = VhostPort::start(dir.path().join("port.sock"), 9001).unwrap();
+    let _frontend = guest.connect(&listener);
     assert!(guest.queues.iter().all(|queue| queue.call.read().is_ok()));
 }
 
 #[test]
-fn stop_frees_the_path_and_a_stale_socket_is_replaced() {
+fn stop_hangs_up_and_leaves_the_socket_to_its_machine() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut port, control, socket) = start(&dir);
+    let (mut port, control, listener) = start(&dir);
     let guest = Guest::new(false);
-    let _frontend = guest.connect(&socket);
+    let frontend = guest.connect(&listener);
     control.stop();
-    assert!(!socket.exists());
+    assert!(frontend.get_features().is_err());
     assert!(take_all(&mut port, &mut Pool::new(4)).is_empty());
+    assert!(dir.path().join("port.sock").exists());
 
-    drop(UnixListener::bind(&socket).unwrap());
-    let (_port, control, _) = start(&dir);
-    let (_other_port, other_control, _) = start(&dir);
-    control.stop();
-    assert!(socket.exists(), "the path belongs to the second one");
-    other_control.stop();
-    assert!(!socket.exists());
+    // A card that starts again is there at once, with the rings as they are.
+    let (_port, control) = VhostPort::start(dir.path().join("port.sock"), 9001).unwrap();
+    let _frontend = guest.connect(&listener);
+    assert!(control.running());
+}
 
-    std::fs::write(&socket, "a letter").unwrap();
-    assert!(VhostPort::start(socket.clone(), 1500).is_err());
-    assert_eq!(std::fs::read(&socket).unwrap(), b"a letter");
+#[test]
+fn a_machine_that_starts_again_is_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_port, control, mut listener) = start(&dir);
+    for round in 1..4 {
+        let guest = Guest::new(true);
+        let frontend = guest.connect(&listener);
+        assert!(control.running());
+        assert_eq!(control.counters().connections, round);
+        // Killed: its socket file stays until the next one takes its place.
+        drop((frontend, listener));
+        std::fs::remove_file(dir.path().join("port.sock")).unwrap();
+        listener = UnixListener::bind(dir.path().join("port.sock")).unwrap();
+    }
 }
 
 #[test]
 fn memory_that_may_shrink_and_kicks_that_may_block_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let (_port, control, socket) = start(&dir);
+    let (_port, control, listener) = start(&dir);
     let guest = Guest::new(false);
     let set_up = || {
-        let mut frontend = connect(&socket);
+        let mut frontend = Frontend::from_stream(accept(&listener), 2);
         frontend.get_features().unwrap();
         frontend.set_features(FEATURES).unwrap();
         frontend.get_protocol_features().unwrap();
@@ -523,7 +538,7 @@ fn memory_that_may_shrink_and_kicks_that_may_block_are_refused() {
     assert!(set_up().set_vring_num(0, 4096).is_err());
     assert!(set_up().set_vring_num(7, 64).is_err());
     assert!(!control.running());
-    let _frontend = guest.connect(&socket);
+    let _frontend = guest.connect(&listener);
     assert!(control.running(), "it goes on serving");
 }
 
@@ -531,25 +546,25 @@ fn memory_that_may_shrink_and_kicks_that_may_block_are_refused() {
 fn garbage_on_the_socket_only_ends_its_connection() {
     use std::io::Write as _;
     let dir = tempfile::tempdir().unwrap();
-    let (_port, control, socket) = start(&dir);
+    let (_port, control, listener) = start(&dir);
     for seed in 0..64u8 {
-        let mut stream = UnixStream::connect(&socket).unwrap();
+        let mut stream = accept(&listener);
         let _ = stream.write_all(&frame(seed, usize::from(seed)));
         let header: Vec<u8> = [u32::from(seed), 1, 0xffff_ffff].iter().flat_map(|word| word.to_ne_bytes()).collect();
         let _ = stream.write_all(&header);
     }
     let guest = Guest::new(false);
-    let _frontend = guest.connect(&socket);
+    let _frontend = guest.connect(&listener);
     assert!(control.running());
 }
 
 #[test]
 fn hostile_chains_are_counted_and_the_next_frame_passes() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut port, control, socket) = start(&dir);
+    let (mut port, control, listener) = start(&dir);
     let mut pool = Pool::new(64);
     let mut guest = Guest::new(false);
-    let _frontend = guest.connect(&socket);
+    let _frontend = guest.connect(&listener);
     let table = guest.queues[1].descriptors();
     let buffer = guest.queues[1].buffer(0);
     guest.describe(table, 0, buffer, 64, NEXT, 1); // a loop of two
@@ -587,10 +602,10 @@ fn hostile_chains_are_counted_and_the_next_frame_passes() {
 #[test]
 fn indirect_chains_of_many_pieces_are_read() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut port, _control, socket) = start(&dir);
+    let (mut port, _control, listener) = start(&dir);
     let mut pool = Pool::new(64);
     let mut guest = Guest::new(true);
-    let _frontend = guest.connect(&socket);
+    let _frontend = guest.connect(&listener);
     let table = guest.queues[1].buffer(60);
     let content = [vec![0; 12], frame(3, 9015)].concat();
     let mut offset = 0;
@@ -614,10 +629,10 @@ fn indirect_chains_of_many_pieces_are_read() {
 #[test]
 fn broken_ring_stays_silent_until_it_is_set_up_again() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut port, control, socket) = start(&dir);
+    let (mut port, control, listener) = start(&dir);
     let mut pool = Pool::new(64);
     let mut guest = Guest::new(false);
-    let mut frontend = guest.connect(&socket);
+    let mut frontend = guest.connect(&listener);
     let index = GuestAddress(guest.queues[1].avail() + 2);
     guest.memory.store(SIZE + 1, index, Ordering::Release).unwrap();
     guest.queues[1].kick.write(1).unwrap();
@@ -645,10 +660,10 @@ proptest! {
         event_idx in any::<bool>(),
     ) {
         let dir = tempfile::tempdir().unwrap();
-        let (mut port, _control, socket) = start(&dir);
+        let (mut port, _control, listener) = start(&dir);
         let mut pool = Pool::new(64);
         let guest = Guest::new(event_idx);
-        let _frontend = guest.connect(&socket);
+        let _frontend = guest.connect(&listener);
         for queue in &guest.queues {
             for (index, &(address, len, flags, next)) in descriptors.iter().enumerate() {
                 // Mostly near the truth, or nothing is reached.
