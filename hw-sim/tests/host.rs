@@ -53,13 +53,12 @@ fn the_host_side_has_no_address_no_listening_socket_and_no_tenant_data() {
             .collect();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).expect("fds").flatten() {
             let target = std::fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
-            if let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) {
-                if let Some(path) = listening.get(inode) {
-                    let name = path.file_name().unwrap_or_default().to_string_lossy();
-                    let of_a_function = ["eni-", "vol-"].iter().any(|kind| name.starts_with(kind)) && name.ends_with(".sock");
-                    assert!(path.parent() == Some(&slot) && of_a_function, "{pid} listens on {}", path.display());
-                    functions.insert(path.clone());
-                }
+            let inode = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']'));
+            if let Some(path) = inode.and_then(|inode| listening.get(inode)) {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let of_a_function = ["eni-", "vol-"].iter().any(|kind| name.starts_with(kind)) && name.ends_with(".sock");
+                assert!(path.parent() == Some(&slot) && of_a_function, "{pid} listens on {}", path.display());
+                functions.insert(path.clone());
             }
             assert!(!target.ends_with(".raw") && !target.contains("/volumes/"), "{pid} has the disk {target} open");
         }

@@ -118,6 +118,9 @@ impl Plug {
             FunctionKind::Net { mac, mtu } => {
                 let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
                 device.extend(object(json!({ "driver": "virtio-net-pci", "netdev": netdev_id(id), "mac": mac, "romfile": "" })));
+                // A guest that is told of its link sees it go down with its card's process,
+                // forgets its neighbours and asks for them a second too late.
+                device.insert("status".into(), json!(false));
                 if mtu != 0 {
                     device.insert("host_mtu".into(), json!(mtu));
                 }
