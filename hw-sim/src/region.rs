@@ -76,10 +76,38 @@ impl Region {
         let rack = Self::binary("rack");
         let _ = Command::new(&rack).args(["down", "--dir"]).arg(&dir).stderr(Stdio::null()).status();
         std::fs::create_dir_all(dir.parent().expect("a parent")).expect("target/tests");
+        Self::run(name, dir, Command::new(rack), flags)
+    }
+
+    /// Starts a region as an ordinary user with this id, with copies of binaries and
+    /// images in a folder of that user. Only root can.
+    #[must_use]
+    pub fn start_as(user: u32, name: &str, flags: &[&str]) -> Self {
+        let home = std::env::temp_dir().join(format!("cardinal-{name}-{}", std::process::id()));
+        let shell = |script: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-ec", script, "sh"]).arg(&home).arg(Self::binary("")).arg(project_root().join("target/images"));
+            let output = command.output().expect("sh");
+            assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        shell(
+            "rm -rf \"$1\"; mkdir -p \"$1/images\"; cd \"$2\"; cp rack nitro-card thin-hv control cardinal internet \"$1\"; \
+             cd \"$3\"; cp --sparse=always mini.* cloud.* \"$1/images\"",
+        );
+        shell(&format!("chown -R {user}:{user} \"$1\""));
+        let mut rack = Command::new("setpriv");
+        rack.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "--no-new-privs", "--"]);
+        rack.arg(home.join("rack")).current_dir(&home).env("HOME", &home);
+        let images = home.join("images");
+        let images = images.to_str().expect("a path of letters");
+        Self::run(name, home.join("region"), rack, &[&["--images", images], flags].concat())
+    }
+
+    fn run(name: &str, dir: PathBuf, mut rack: Command, flags: &[&str]) -> Self {
         let port = 20_000 + (std::process::id() % 20_000) as u16 + PORT.fetch_add(1, Ordering::Relaxed);
         let ready_file = dir.with_extension("ready");
         let log = std::fs::File::create(dir.with_extension("log")).expect("log of the rack");
-        let mut rack = Command::new(rack)
+        let mut rack = rack
             .args(["up", "--no-build", "--no-debian", "--listen", &format!("127.0.0.1:{port}"), "--dir"])
             .arg(&dir)
             .arg("--ready-file")
@@ -106,7 +134,7 @@ impl Region {
         Self { dir, ready, rack, credentials }
     }
 
-    /// A binary of this build.
+    /// A binary of this build; of no name: the folder of all.
     #[must_use]
     pub fn binary(name: &str) -> PathBuf {
         let mut path = std::env::current_exe().expect("own path");
@@ -301,6 +329,15 @@ impl Region {
         begun.elapsed().as_secs_f64()
     }
 
+    /// A rack command about this region, as the user that started it.
+    #[must_use]
+    pub fn rack(&self, user: u32, command: &str, arguments: &[&str]) -> Output {
+        let mut rack = Command::new("setpriv");
+        rack.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--clear-groups", "--"]);
+        rack.arg(self.dir.with_file_name("rack")).args([command, "--dir"]).arg(&self.dir).args(arguments);
+        rack.stdin(Stdio::null()).output().expect("setpriv")
+    }
+
     /// Runs a command on the simulated internet side.
     #[must_use]
     pub fn on_internet(&self, command: &[&str]) -> Output {
@@ -311,9 +348,20 @@ impl Region {
     /// An ssh command line from the internet side.
     #[must_use]
     pub fn ssh_command(&self, instance: &Instance) -> Command {
-        let namespace = self.ready["internet_namespace"].as_str().expect("namespace");
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", namespace, "ssh", "-q", "-i"]).arg(self.dir.join("keys/rack"));
+        let mut command = match self.ready["internet_namespace"].as_str() {
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace, "ssh"]);
+                command
+            }
+            None => {
+                let mut command = Command::new("ssh");
+                let (rack, dir) = (Self::binary("rack"), self.dir.display());
+                command.args(["-o", &format!("ProxyCommand='{}' connect --dir '{dir}' %h %p", rack.display())]);
+                command
+            }
+        };
+        command.args(["-q", "-i"]).arg(self.dir.join("keys/rack"));
         command.args([
             "-o",
             "StrictHostKeyChecking=no",
@@ -425,7 +473,11 @@ impl Region {
         #[allow(unsafe_code)]
         let result = unsafe { libc::kill(pid, libc::SIGKILL) };
         assert_eq!(result, 0, "SIGKILL to {name}");
-        self.eventually(&format!("{name} is gone"), 5, || self.pids(&format!("/{name}.toml")).is_empty());
+        // Its command line goes before its sockets do: only a zombie has closed them.
+        self.eventually(&format!("{name} is gone"), 5, || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit(") ").next().is_none_or(|state| state.is_empty() || state.starts_with('Z') || state.starts_with('X'))
+        });
     }
 
     /// Starts a killed process again, as the ready file says.

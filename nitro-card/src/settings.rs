@@ -1,6 +1,6 @@
 //! The card's settings: one TOML file, read into one struct and checked once.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -68,6 +68,8 @@ pub enum Device {
     Packet,
     /// A UDP socket of the kernel: underlay only, works without root.
     Udp,
+    /// A wire made of two UDP sockets: public side only, works without root.
+    Cable,
     /// A DPDK port.
     Dpdk,
 }
@@ -101,6 +103,10 @@ pub struct Public {
     pub interface: Option<String>,
     /// Network namespace of the interface.
     pub netns: Option<PathBuf>,
+    /// This end of a cable.
+    pub near: Option<SocketAddrV4>,
+    /// Its other end.
+    pub far: Option<SocketAddrV4>,
     /// Router towards everything that is not on-link.
     pub gateway: Option<Ipv4Addr>,
     /// Of the on-link network.
@@ -175,13 +181,17 @@ impl Settings {
             require(storage.listen.is_ipv4(), "storage.listen", "is an IPv4 address")?;
         }
         let underlay = &self.underlay;
+        require(underlay.device != Device::Cable, "underlay.device", "is packet, udp, dpdk or none")?;
         require(underlay.device == Device::None || underlay.address.is_some(), "underlay.address", "is required by the device")?;
         require((1..=32).contains(&underlay.prefix_length), "underlay.prefix_length", "is 1 to 32")?;
         let named = !matches!(underlay.device, Device::Packet | Device::Dpdk) || underlay.interface.is_some();
         require(named, "underlay.interface", "is required by the device")?;
         let public = &self.public;
-        require(public.device != Device::Udp, "public.device", "is packet, dpdk or none")?;
-        require(public.device == Device::None || public.interface.is_some(), "public.interface", "is required by the device")?;
+        require(public.device != Device::Udp, "public.device", "is packet, cable, dpdk or none")?;
+        let named = !matches!(public.device, Device::Packet | Device::Dpdk) || public.interface.is_some();
+        require(named, "public.interface", "is required by the device")?;
+        let ends = public.near.is_some() && public.far.is_some();
+        require(ends == (public.device == Device::Cable), "public.near", "is there, with public.far, exactly when the device is cable")?;
         require(public.device == Device::None || public.gateway.is_some(), "public.gateway", "is required by the device")?;
         require((1..=32).contains(&public.prefix_length), "public.prefix_length", "is 1 to 32")?;
         let dpdk = [underlay.device, public.device].contains(&Device::Dpdk);
@@ -201,7 +211,15 @@ impl Default for Underlay {
 
 impl Default for Public {
     fn default() -> Self {
-        Self { device: Device::None, interface: None, netns: None, gateway: None, prefix_length: default_prefix_length() }
+        Self {
+            device: Device::None,
+            interface: None,
+            netns: None,
+            near: None,
+            far: None,
+            gateway: None,
+            prefix_length: default_prefix_length(),
+        }
     }
 }
 
@@ -256,6 +274,8 @@ mod tests {
             ("\"card-us-east-1a-1\"", "\"../x\"", "id"),
             ("127.0.0.1:4421", "0.0.0.0:4421", "storage.listen"),
             ("[storage]", "[public]\ndevice = \"udp\"\n[storage]", "public.device"),
+            ("[storage]", "[public]\ndevice = \"cable\"\nnear = \"127.0.0.1:9\"\n[storage]", "public.near"),
+            ("device = \"udp\"", "device = \"cable\"", "underlay.device"),
         ] {
             let changed = GOOD.replacen(from, to, 1);
             assert_ne!(changed, GOOD);

@@ -15,6 +15,7 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use card_proto::card::Hello;
 use dataplane::io::PacketIo;
+use dataplane::io::cable::CablePort;
 use dataplane::io::packet::PacketPort;
 use dataplane::io::udp::UdpPort;
 use dataplane::{Dataplane, Mac, PublicSide, Underlay};
@@ -139,7 +140,16 @@ fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
     let encapsulated = underlay.device != Device::Udp;
     let underlay = Underlay { address, prefix_length: underlay.prefix_length, mac, encapsulated };
     let public = &settings.public;
-    let (outside, mac) = open(public.device, public.interface.as_deref(), public.netns.as_deref()).context("open the public side")?;
+    let (outside, mac) = match (public.device, public.near, public.far) {
+        (Device::Cable, Some(near), Some(far)) => {
+            let port = CablePort::plug(near, far).with_context(|| format!("plug the public side in at {near}"))?;
+            let [first, second, third, fourth, fifth, ..] = random()?;
+            // Locally administered, one station.
+            let mac = Mac([0x02, first, second, third, fourth, fifth]);
+            (Some(Box::new(port) as Box<dyn PacketIo>), mac)
+        }
+        (device, ..) => open(device, public.interface.as_deref(), public.netns.as_deref()).context("open the public side")?,
+    };
     let public = match (&outside, public.gateway) {
         (Some(_), Some(gateway)) => Some(PublicSide { mac, gateway, prefix_length: public.prefix_length }),
         _ => None,
@@ -148,11 +158,11 @@ fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
     Ok(Dataplane::start(dataplane::Settings { underlay, public, seed }, wire, outside)?)
 }
 
-/// Opens a wire that carries Ethernet frames.
+/// Opens an interface that carries Ethernet frames.
 fn open(device: Device, interface: Option<&str>, netns: Option<&Path>) -> anyhow::Result<(Option<Box<dyn PacketIo>>, Mac)> {
     let interface = interface.unwrap_or_default();
     match device {
-        Device::None | Device::Udp => Ok((None, Mac([0; 6]))),
+        Device::None | Device::Udp | Device::Cable => Ok((None, Mac([0; 6]))),
         Device::Packet => {
             let port = PacketPort::open(interface, netns).with_context(|| format!("open a packet socket on {interface}"))?;
             let mac = Mac(port.mac());

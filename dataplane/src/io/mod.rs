@@ -4,6 +4,7 @@ use std::os::fd::RawFd;
 
 use crate::packet::{Packet, Pool};
 
+pub mod cable;
 #[cfg(feature = "dpdk")]
 pub mod dpdk;
 pub mod mem;

@@ -20,8 +20,10 @@
 #![allow(clippy::indexing_slicing)]
 
 mod build;
+mod connect;
 mod demo;
 mod image;
+mod loopback;
 mod packages;
 mod progress;
 mod region;
@@ -67,6 +69,15 @@ enum Command {
         /// Print what there is and stop.
         #[arg(long)]
         once: bool,
+    },
+    /// Carry standard input and output to a public address and port: a ProxyCommand for ssh.
+    Connect {
+        #[command(flatten)]
+        at: At,
+        /// The public address.
+        address: std::net::Ipv4Addr,
+        /// The port.
+        port: u16,
     },
     /// Run a command on the simulated internet side.
     Exec {
@@ -121,6 +132,9 @@ struct Up {
     /// Keep the data for the next start.
     #[arg(long)]
     keep: bool,
+    /// Where the guest images are kept.
+    #[arg(long, default_value_os_t = region::images_dir())]
+    images: PathBuf,
     /// Do not build the daemons: they are there.
     #[arg(long, hide = true)]
     no_build: bool,
@@ -158,6 +172,7 @@ fn main() -> ExitCode {
         Command::Demo(at) => demo::run(&at.dir),
         Command::Ssh { at, words } => tenant::ssh(&at.dir, &words),
         Command::Console { at, instance, once } => tenant::console(&at.dir, &instance, once),
+        Command::Connect { at, address, port } => connect::run(&at.dir, address, port),
         Command::Exec { at, command } => region::exec(&at.dir, &command),
         Command::Images => image::all(&region::images_dir()).map(|()| ExitCode::SUCCESS),
         Command::Doctor => packages::doctor(),

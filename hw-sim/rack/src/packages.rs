@@ -38,6 +38,10 @@ const TEST_PACKAGES: &[Package] = &[
     Package { name: "python3-venv", evidence: "/usr/share/doc/python3-venv", purpose: "awscli and boto3" },
 ];
 
+/// What is different for an ordinary user, in one line.
+pub const WITHOUT_ROOT: &str = "cards speak over loopback UDP, the internet is a process (ssh and demo work, exec does not), \
+                                hosts stay in this user's network, missing packages are only named";
+
 /// True when this process may install packages, namespaces and bridges.
 pub fn is_root() -> bool {
     // SAFETY: geteuid has no preconditions and cannot fail.
@@ -82,6 +86,9 @@ pub fn doctor() -> Result<ExitCode> {
         println!("{:<8} {:<18} for {}", if here { "ok" } else { "missing" }, package.name, package.purpose);
     }
     println!("{:<8} {:<18} for namespaces and packages", if is_root() { "ok" } else { "missing" }, "root");
+    if !is_root() {
+        println!("{:<8} {:<18} {WITHOUT_ROOT}", "", "");
+    }
     println!(
         "{:<8} {:<18} for the native machine (not used yet)",
         if Path::new("/dev/kvm").exists() { "ok" } else { "missing" },

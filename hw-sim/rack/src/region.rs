@@ -3,12 +3,13 @@
 //! ```text
 //! DIR/ready.json             what scripts read (also copied to --ready-file)
 //! DIR/{control,card-a-1,host-a-1,link-a-1}.toml and folders of the same names
+//! DIR/internet.toml          without root only
 //! DIR/tls/                   the region authority and one certificate a daemon
 //! DIR/keys/rack              the ssh key of `cargo rack ssh`
 //! DIR/logs/NAME.log
 //! ```
 //!
-//! Order of start: wires, cards, hosts, control; order of stop: control, cards,
+//! Order of start: wires, the internet where it is a process, cards, hosts, control; order of stop: control, cards,
 //! hosts with their machines, wires. Every process is found again by the
 //! configuration file on its command line, so `down` also stops what was
 //! restarted by hand.
@@ -24,6 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
+use crate::loopback::Loopback;
 use crate::progress::Step;
 use crate::tenant::Tenant;
 use crate::wire::{self, Wire};
@@ -63,19 +65,29 @@ pub fn up(options: &Up) -> Result<ExitCode> {
     }
     packages::ensure(false)?;
     if !packages::is_root() {
-        bail!("this version of the rack needs root for its network namespaces; run it as root (see README, What is not there yet)");
+        eprintln!("rack: not root: {}", packages::WITHOUT_ROOT);
     }
     let dpdk = !options.no_dpdk && packages::has_dpdk();
     if !options.no_build {
         build::daemons(dpdk, false)?;
     }
-    let images = images_dir();
+    let images = absolute(&options.images)?;
     fs::create_dir_all(&images)?;
     image::stubs(&images)?;
-    let guests = !matches!(options.machine, Machine::Sim);
-    if guests {
-        image::mini(&images)?;
+    let mut options = Up { images: images.clone(), ..options.clone() };
+    if !matches!(options.machine, Machine::Sim)
+        && let Err(error) = image::mini(&images)
+    {
+        if packages::is_root() {
+            return Err(error);
+        }
+        eprintln!(
+            "rack: image mini: {error:#}\nrack: images are built by root: cargo rack images. Until then guests are state machines (--machine sim)"
+        );
+        options.machine = Machine::Sim;
     }
+    let guests = !matches!(options.machine, Machine::Sim);
+    let options = &options;
 
     let dir = absolute(&options.at.dir)?;
     if dir.join("ready.json").exists() && !processes_of(&dir).is_empty() {
@@ -120,8 +132,16 @@ pub fn down(dir: &Path) -> Result<ExitCode> {
 
 /// `cargo rack exec`.
 pub fn exec(dir: &Path, command: &[String]) -> Result<ExitCode> {
-    let wire = Wire::new(&name_of(&absolute(dir)?), Vec::new());
-    let error = Command::new("ip").args(["netns", "exec", &wire.internet_namespace()]).args(command).exec();
+    let ready = ready(dir)?;
+    let Some(namespace) = ready["internet_namespace"].as_str() else {
+        bail!(
+            "this region was started without root, so its internet is a process and no network namespace to run {} in; \
+             connect to public addresses by way of http://{} (HTTP CONNECT, as with curl -p -x)",
+            command.first().map_or("commands", String::as_str),
+            ready["internet_proxy"].as_str().unwrap_or_default()
+        );
+    };
+    let error = Command::new("ip").args(["netns", "exec", namespace]).args(command).exec();
     Err(error).context("ip netns exec")
 }
 
@@ -143,9 +163,18 @@ fn name_of(dir: &Path) -> String {
     format!("rack-{:06x}", hash & 0xff_ffff)
 }
 
+/// What connects the cards with each other and with the internet.
+enum Wires {
+    /// Namespaces of the kernel, for root.
+    Kernel(Wire),
+    /// Sockets and a process, for everybody.
+    Loopback(Loopback),
+}
+
 struct Region {
     dir: PathBuf,
-    wire: Wire,
+    images: PathBuf,
+    wires: Wires,
     processes: Vec<Process>,
 }
 
@@ -172,14 +201,23 @@ impl Region {
             }
             zones.push(zone);
         }
-        let wire = Wire::new(&name_of(dir), shorts.clone());
-        wire.lay()?;
-        let mut region = Self { dir: dir.to_owned(), wire, processes: Vec::new() };
+        let wires = if packages::is_root() {
+            let wire = Wire::new(&name_of(dir), shorts);
+            wire.lay()?;
+            Wires::Kernel(wire)
+        } else {
+            Wires::Loopback(Loopback::lay(&name_of(dir), cards.len())?)
+        };
+        let mut region = Self { dir: dir.to_owned(), images: options.images.clone(), wires, processes: Vec::new() };
+        if let Wires::Loopback(loopback) = &region.wires {
+            let text = loopback.internet();
+            region.add("internet", "internet", "", "internet", &text)?;
+        }
         let mut ports = free_ports(cards.len() * 3)?.into_iter();
         let mut port = || ports.next().ok_or_else(|| anyhow!("no free port"));
 
         let mut control_cards = String::new();
-        for (index, ((place, zone), short)) in cards.iter().zip(&shorts).enumerate() {
+        for (index, (place, zone)) in cards.iter().enumerate() {
             let id = format!("card-{zone}-{}", place.rsplit('-').next().unwrap_or("1"));
             let (grpc, metrics, storage) = (port()?, port()?, port()?);
             let card = format!("card-{place}");
@@ -187,22 +225,20 @@ impl Region {
             let link = dir.join(format!("link-{place}"));
             fs::create_dir_all(&link)?;
             fs::create_dir_all(dir.join(&card))?;
-            let (under, public) = Wire::card_interfaces(short);
-            let device = if dpdk { "dpdk" } else { "packet" };
-            let namespace = format!("/run/netns/{}", region.wire.card_namespace(short));
+            let wires = match &region.wires {
+                Wires::Kernel(wire) => wire.card(index, if dpdk { "dpdk" } else { "packet" })?,
+                Wires::Loopback(loopback) => loopback.card(index)?,
+            };
             let text = format!(
                 "id = \"{id}\"\nzone = \"{zone}\"\nstate_dir = \"{state}\"\nlink_dir = \"{link}\"\nimages_dir = \"{images}\"\n\
                  listen = \"127.0.0.1:{grpc}\"\nmetrics_listen = \"127.0.0.1:{metrics}\"\nroles = [\"compute\", \"storage\"]\n\n\
                  [tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/{id}.pem\"\nkey = \"{tls}/{id}.key\"\n\n\
-                 [underlay]\ndevice = \"{device}\"\ninterface = \"{under}\"\nnetns = \"{namespace}\"\naddress = \"10.255.0.{address}\"\nprefix_length = 24\n\n\
-                 [public]\ndevice = \"{device}\"\ninterface = \"{public}\"\nnetns = \"{namespace}\"\ngateway = \"{gateway}\"\nprefix_length = 24\n\n\
+                 {wires}\n\
                  [storage]\nlisten = \"127.0.0.1:{storage}\"\ncapacity_bytes = {STORAGE_BYTES}\n",
                 state = dir.join(&card).display(),
                 link = link.display(),
-                images = images_dir().display(),
+                images = region.images.display(),
                 tls = tls.display(),
-                address = index + 11,
-                gateway = wire::PUBLIC_GATEWAY,
             );
             region.add(&card, "card", zone, "nitro-card", &text)?;
             let host = format!("host-{place}");
@@ -227,7 +263,7 @@ impl Region {
              zones = {zones:?}\nthrottle = {throttle}\n\n[tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/control.pem\"\nkey = \"{tls}/control.key\"\n{control_cards}",
             listen = options.listen,
             state = dir.join("control").display(),
-            images = images_dir().display(),
+            images = region.images.display(),
             pool = wire::PUBLIC_POOL,
             throttle = options.throttle == Throttle::On,
             tls = tls.display(),
@@ -267,7 +303,7 @@ impl Region {
         eprintln!("rack: ready after {:.1} s", begun.elapsed().as_secs_f64());
         self.print_welcome(&endpoint, &account, &tenant)?;
 
-        let images = images_dir();
+        let images = self.images.clone();
         let mut builder = (guests && !options.no_debian && !image::is_built(&images, "debian-12"))
             .then(|| std::thread::spawn(move || image::debian(&images)));
         while !STOP.load(Ordering::Relaxed) {
@@ -360,12 +396,16 @@ impl Region {
         let images = tenant.images()?;
         let mut users = serde_json::Map::new();
         for name in images.keys() {
-            let manifest: Value = serde_json::from_slice(&fs::read(images_dir().join(format!("{name}.json")))?)?;
+            let manifest: Value = serde_json::from_slice(&fs::read(self.images.join(format!("{name}.json")))?)?;
             if manifest.get("boot").is_some() {
                 users.insert(name.clone(), manifest["user"].clone());
             }
         }
         let processes: Vec<Value> = self.processes.iter().map(Process::describe).collect();
+        let (wire, proxy) = match &self.wires {
+            Wires::Kernel(wire) => (Some(wire), None),
+            Wires::Loopback(loopback) => (None, Some(loopback.proxy())),
+        };
         let ready = json!({
             "endpoint": endpoint,
             "region": REGION,
@@ -376,8 +416,9 @@ impl Region {
             "users": users,
             "processes": processes,
             "dir": self.dir,
-            "wire_namespace": self.wire.wire_namespace(),
-            "internet_namespace": self.wire.internet_namespace(),
+            "wire_namespace": wire.map(Wire::wire_namespace),
+            "internet_namespace": wire.map(Wire::internet_namespace),
+            "internet_proxy": proxy,
             "far_host": wire::FAR_HOST,
         });
         let text = serde_json::to_vec_pretty(&ready)?;
@@ -423,7 +464,9 @@ impl Region {
                 let _ = child.wait();
             }
         }
-        self.wire.remove();
+        if let Wires::Kernel(wire) = &self.wires {
+            wire.remove();
+        }
         step.end();
     }
 }
@@ -510,7 +553,7 @@ pub fn processes_of(dir: &Path) -> Vec<(i32, String)> {
         };
         let command = String::from_utf8_lossy(&bytes).replace('\0', " ");
         let program = command.split(' ').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-        if matches!(program, "nitro-card" | "thin-hv" | "control" | "qemu-system-x86_64") && command.contains(&mark) {
+        if matches!(program, "nitro-card" | "thin-hv" | "control" | "internet" | "qemu-system-x86_64") && command.contains(&mark) {
             found.push((pid, command));
         }
     }

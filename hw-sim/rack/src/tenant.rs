@@ -13,7 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 
-use crate::{build, region};
+use crate::{build, connect, region};
 
 /// Credentials and endpoint of one account.
 pub struct Tenant {
@@ -195,10 +195,9 @@ pub fn login(dir: &Path, tenant: &Tenant, instance: &str, wait_s: u64) -> Result
     let image = answer.need("imageId")?;
     let name = ready["images"].as_object().into_iter().flatten().find(|(_, id)| id.as_str() == Some(&image)).map(|(name, _)| name.clone());
     let user = name.and_then(|name| ready["users"][&name].as_str().map(str::to_owned)).unwrap_or_else(|| "ec2-user".to_owned());
-    let namespace = ready["internet_namespace"].as_str().unwrap_or_default().to_owned();
     let base = || {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &namespace, "ssh", "-q", "-i"]).arg(dir.join("keys/rack"));
+        let mut command = connect::ssh(dir, &ready);
+        command.args(["-q", "-i"]).arg(dir.join("keys/rack"));
         command.args([
             "-o",
             "StrictHostKeyChecking=no",

@@ -12,8 +12,8 @@
 //! into one fanout group whenever their numbers happen to collide.
 //!
 //! The bridges carry frames only: the namespace of the wire has no address, so
-//! what a capture on it shows was sent by a card. Needs root; without it the
-//! cards speak over loopback UDP and there is no public side.
+//! what a capture on it shows was sent by a card. Needs root; see `loopback`
+//! for how it goes without.
 
 use std::process::{Command, Stdio};
 
@@ -40,7 +40,7 @@ impl Wire {
     }
 
     /// The namespace with the interfaces of a card.
-    pub fn card_namespace(&self, card: &str) -> String {
+    fn card_namespace(&self, card: &str) -> String {
         format!("{}-{card}", self.name)
     }
 
@@ -55,8 +55,20 @@ impl Wire {
     }
 
     /// Interfaces of a card, underlay first.
-    pub fn card_interfaces(card: &str) -> (String, String) {
+    fn card_interfaces(card: &str) -> (String, String) {
         (format!("{card}-under"), format!("{card}-pub"))
+    }
+
+    /// The settings of one card, whose interfaces are driven by `device`.
+    pub fn card(&self, index: usize, device: &str) -> Result<String> {
+        let card = self.cards.get(index).with_context(|| format!("card {index} has no wires"))?;
+        let (under, public) = Self::card_interfaces(card);
+        let namespace = format!("/run/netns/{}", self.card_namespace(card));
+        Ok(format!(
+            "[underlay]\ndevice = \"{device}\"\ninterface = \"{under}\"\nnetns = \"{namespace}\"\naddress = \"10.255.0.{address}\"\nprefix_length = 24\n\n\
+             [public]\ndevice = \"{device}\"\ninterface = \"{public}\"\nnetns = \"{namespace}\"\ngateway = \"{PUBLIC_GATEWAY}\"\nprefix_length = 24\n",
+            address = index + 11,
+        ))
     }
 
     /// Lays all wires anew.
