@@ -7,9 +7,9 @@ use hw_sim::{Instance, Region, Seed, root_or_skip};
 
 /// What a guest may wait after its card serves its health page, at any moment.
 /// The card has connected to its machine by then, so this is for a busy machine.
-const RESUME_WITHIN_S: f64 = 0.9;
+const RESUME_WITHIN_S: f64 = 0.5;
 /// The same in the median, where a busy machine counts less.
-const RESUME_MEDIAN_S: f64 = 0.3;
+const RESUME_MEDIAN_S: f64 = 0.2;
 /// From the start of the card's process to the first answer, in the median; most
 /// of it is DPDK's own start.
 const RESTART_MEDIAN_S: f64 = 1.0;

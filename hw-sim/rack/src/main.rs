@@ -25,6 +25,7 @@ mod demo;
 mod image;
 mod loopback;
 mod packages;
+mod process;
 mod progress;
 mod region;
 mod suite;

@@ -18,7 +18,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use crate::loopback::Loopback;
+use crate::process::{self, Process};
 use crate::progress::Step;
 use crate::tenant::Tenant;
 use crate::wire::{self, Wire};
@@ -45,17 +46,6 @@ pub fn default_dir() -> PathBuf {
 /// Images are the same for all regions of this checkout.
 pub fn images_dir() -> PathBuf {
     build::root().join("target/images")
-}
-
-/// One process of the region.
-struct Process {
-    name: String,
-    kind: &'static str,
-    zone: String,
-    binary: PathBuf,
-    config: PathBuf,
-    log: PathBuf,
-    child: Option<Child>,
 }
 
 /// `cargo rack up`.
@@ -90,7 +80,7 @@ pub fn up(options: &Up) -> Result<ExitCode> {
     let options = &options;
 
     let dir = absolute(&options.at.dir)?;
-    if dir.join("ready.json").exists() && !processes_of(&dir).is_empty() {
+    if dir.join("ready.json").exists() && !process::of(&dir).is_empty() {
         bail!("a region runs in {} already; stop it with: cargo rack down", dir.display());
     }
     stop_signals()?;
@@ -112,13 +102,13 @@ pub fn up(options: &Up) -> Result<ExitCode> {
 /// `cargo rack down`.
 pub fn down(dir: &Path) -> Result<ExitCode> {
     let dir = absolute(dir)?;
-    let found = processes_of(&dir);
+    let found = process::of(&dir);
     for (pid, _) in &found {
-        kill(*pid, libc::SIGTERM);
+        process::kill(*pid, libc::SIGTERM);
     }
-    wait_gone(&dir, Duration::from_secs(5));
-    for (pid, _) in processes_of(&dir) {
-        kill(pid, libc::SIGKILL);
+    process::wait_gone(&dir, Duration::from_secs(5));
+    for (pid, _) in process::of(&dir) {
+        process::kill(pid, libc::SIGKILL);
     }
     if packages::is_root() {
         Wire::new(&name_of(&dir), Vec::new()).remove();
@@ -450,14 +440,14 @@ impl Region {
     /// Ends every process and takes the wires away.
     fn stop(&mut self) {
         let step = Step::begin("stop the region");
-        for (pid, command) in processes_of(&self.dir) {
+        for (pid, command) in process::of(&self.dir) {
             if !command.contains("qemu-system") {
-                kill(pid, libc::SIGTERM);
+                process::kill(pid, libc::SIGTERM);
             }
         }
-        wait_gone(&self.dir, Duration::from_secs(3));
-        for (pid, _) in processes_of(&self.dir) {
-            kill(pid, libc::SIGKILL);
+        process::wait_gone(&self.dir, Duration::from_secs(3));
+        for (pid, _) in process::of(&self.dir) {
+            process::kill(pid, libc::SIGKILL);
         }
         for process in &mut self.processes {
             if let Some(mut child) = process.child.take() {
@@ -468,49 +458,6 @@ impl Region {
             wire.remove();
         }
         step.end();
-    }
-}
-
-impl Process {
-    fn start(&mut self) -> Result<()> {
-        let log = fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
-        let child = Command::new(&self.binary)
-            .arg("--config")
-            .arg(&self.config)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            // Ctrl-C in the terminal is for the rack, which stops them in order.
-            .process_group(0)
-            .spawn()
-            .with_context(|| self.binary.display().to_string())?;
-        self.child = Some(child);
-        Ok(())
-    }
-
-    /// Says once that the process that the rack started is gone.
-    fn notice_end(&mut self) {
-        if let Some(child) = &mut self.child
-            && let Ok(Some(status)) = child.try_wait()
-        {
-            self.child = None;
-            eprintln!("rack: {} ended ({status}); start it again with: {}", self.name, self.restart());
-        }
-    }
-
-    fn restart(&self) -> String {
-        format!("{} --config {} >>{} 2>&1 &", self.binary.display(), self.config.display(), self.log.display())
-    }
-
-    fn describe(&self) -> Value {
-        json!({
-            "name": self.name,
-            "kind": self.kind,
-            "zone": self.zone,
-            "pid": self.child.as_ref().map(Child::id),
-            "log": self.log,
-            "restart": self.restart(),
-        })
     }
 }
 
@@ -532,39 +479,6 @@ fn stop_signals() -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn kill(pid: i32, signal: libc::c_int) {
-    // SAFETY: kill takes plain integers; the pid was read from /proc as one of ours.
-    #[allow(unsafe_code)]
-    let _ = unsafe { libc::kill(pid, signal) };
-}
-
-/// Pids and command lines of the daemons and machines that belong to `dir`.
-pub fn processes_of(dir: &Path) -> Vec<(i32, String)> {
-    let mark = format!("{}/", dir.display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-            continue;
-        };
-        let Ok(bytes) = fs::read(entry.path().join("cmdline")) else {
-            continue;
-        };
-        let command = String::from_utf8_lossy(&bytes).replace('\0', " ");
-        let program = command.split(' ').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-        if matches!(program, "nitro-card" | "thin-hv" | "control" | "internet" | "qemu-system-x86_64") && command.contains(&mark) {
-            found.push((pid, command));
-        }
-    }
-    found
-}
-
-fn wait_gone(dir: &Path, at_most: Duration) {
-    let deadline = Instant::now() + at_most;
-    while Instant::now() < deadline && processes_of(dir).iter().any(|(_, command)| !command.contains("qemu-system")) {
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn issue(cardinal: &Path, tls: &Path, name: &str) -> Result<()> {

@@ -20,8 +20,10 @@ const FRAME_MAX: usize = 1514;
 /// Frames that wait for their turn; more are dropped.
 const QUEUE_MAX: usize = 1024;
 const BUFFER_BYTES: usize = 64 * 1024;
-/// After this long without an answer a connection has failed.
-const TIMEOUT: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(10);
+/// After this long without an answer nobody is there.
+const CONNECT_TIMEOUT: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(10);
+/// An open connection outlives a card that is away for ten minutes.
+const TIMEOUT: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(15 * 60);
 /// The longest pause between two looks at the stack.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Local ports of connections.
@@ -78,13 +80,19 @@ impl Gateway {
     pub fn connect(&mut self, to: SocketAddrV4) -> Option<SocketHandle> {
         let buffer = || SocketBuffer::new(vec![0; BUFFER_BYTES]);
         let mut socket = Socket::new(buffer(), buffer());
-        socket.set_timeout(Some(TIMEOUT));
-        socket.set_keep_alive(Some(TIMEOUT / 2));
+        socket.set_timeout(Some(CONNECT_TIMEOUT));
         socket.set_nagle_enabled(false);
         let port = self.next_port;
         self.next_port = port.checked_add(1).unwrap_or(*PORTS.start());
         socket.connect(self.interface.context(), (*to.ip(), to.port()), port).ok()?;
         Some(self.sockets.add(socket))
+    }
+
+    /// Gives a connection that was answered the patience of an open one.
+    pub fn opened(&mut self, handle: SocketHandle) {
+        let socket = self.sockets.get_mut::<Socket<'_>>(handle);
+        socket.set_timeout(Some(TIMEOUT));
+        socket.set_keep_alive(Some(CONNECT_TIMEOUT));
     }
 
     /// The socket of a connection.

@@ -33,6 +33,8 @@ struct Client {
     output: Vec<u8>,
     /// The client sends no more.
     ended: bool,
+    /// The guest takes no more for now: a frame of it will change that.
+    full: bool,
     /// The client was told that no more comes, when `output` was out.
     told: bool,
 }
@@ -60,7 +62,14 @@ impl Proxy {
             if stream.set_nonblocking(true).is_ok() {
                 // A keystroke is not to wait for the next one.
                 let _ = stream.set_nodelay(true);
-                self.0.push(Client { stream, phase: Phase::Asking(Vec::new()), output: Vec::new(), ended: false, told: false });
+                self.0.push(Client {
+                    stream,
+                    phase: Phase::Asking(Vec::new()),
+                    output: Vec::new(),
+                    ended: false,
+                    full: false,
+                    told: false,
+                });
             }
         }
     }
@@ -72,8 +81,7 @@ impl Proxy {
             if !client.output.is_empty() {
                 events |= PollFlags::OUT;
             }
-            // Behind a full socket the stack's own timers go on.
-            if !client.ended && matches!(client.phase, Phase::Asking(_) | Phase::Open(_)) {
+            if !client.ended && !client.full && matches!(client.phase, Phase::Asking(_) | Phase::Open(_)) {
                 events |= PollFlags::IN;
             }
             (!events.is_empty()).then_some((&client.stream, events))
@@ -153,6 +161,7 @@ impl Client {
                 self.refuse("502 Bad Gateway")
             }
             _ => {
+                gateway.opened(handle);
                 self.output.extend(b"HTTP/1.1 200 Connected\r\n\r\n");
                 self.phase = Phase::Open(handle);
                 true
@@ -174,12 +183,14 @@ impl Client {
                 Ok(count) => drop(socket.send_slice(&bytes[..count])),
                 Err(error) if is_later(error.kind()) => break,
                 Err(_) => {
-                    self.ended = true;
-                    socket.abort();
+                    self.phase = Phase::Open(handle);
+                    self.hang_up(gateway);
+                    return true;
                 }
             }
             moved = true;
         }
+        self.full = !socket.can_send();
         while self.output.len() < CHUNK && socket.can_recv() {
             let mut bytes = [0; CHUNK];
             let count = socket.recv_slice(&mut bytes).unwrap_or(0);
