@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use crate::PortId;
 use crate::flow::Slot;
 use crate::packet::{Packet, Pool};
+use crate::policy::GatewaySlot;
 
 /// What happens to the packets of a flow that come from the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,8 +21,10 @@ pub enum Egress {
     Remote {
         /// That card.
         vtep: Ipv4Addr,
-        /// MAC of the guest.
+        /// MAC of the guest, or of the port or NAT gateway that a route leads to.
         mac: crate::Mac,
+        /// Its VPC, which is another one for a peer.
+        vni: crate::Vni,
         /// Through the router: TTL and source MAC change.
         routed: bool,
     },
@@ -30,12 +33,17 @@ pub enum Egress {
         /// The port's public address.
         address: Ipv4Addr,
     },
+    /// To a NAT gateway of this card.
+    Gateway {
+        /// Which one.
+        to: GatewaySlot,
+    },
 }
 
 /// Where the packets of a flow that go to the guest come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// Another guest of this card.
+    /// Another guest of this card, or a NAT gateway of it.
     Local,
     /// The card with this underlay address.
     Vtep(Ipv4Addr),

@@ -51,6 +51,7 @@ mod option {
     pub const DOMAIN: u8 = 15;
     pub const MTU: u8 = 26;
     pub const BROADCAST: u8 = 28;
+    pub const NTP: u8 = 42;
     pub const REQUESTED_ADDRESS: u8 = 50;
     pub const LEASE_TIME: u8 = 51;
     pub const MESSAGE_TYPE: u8 = 53;
@@ -168,8 +169,9 @@ fn reply(port: &Port, request: &Request, kind: u8) -> Vec<u8> {
         put(&mut message, option::BROADCAST, &broadcast.to_be_bytes());
         put(&mut message, option::MTU, &config.mtu.to_be_bytes());
         // 63 addresses fill the option; a resolver asks no more than three.
-        let dns: Vec<u8> = config.dhcp.dns.iter().take(63).flat_map(Ipv4Addr::octets).collect();
-        put(&mut message, option::DNS, &dns);
+        let list = |addresses: &[Ipv4Addr]| addresses.iter().take(63).flat_map(Ipv4Addr::octets).collect::<Vec<u8>>();
+        put(&mut message, option::DNS, &list(&config.dhcp.dns));
+        put(&mut message, option::NTP, &list(&config.dhcp.ntp));
         put(&mut message, option::HOSTNAME, config.dhcp.hostname.as_bytes());
         put(&mut message, option::DOMAIN, config.dhcp.domain.as_bytes());
     }

@@ -13,6 +13,7 @@
 //! - No bytes from a guest or a wire panic, and no queue or table is unbounded.
 //! - In steady state the path of a packet allocates nothing.
 
+pub mod acl;
 pub mod action;
 pub mod anti_spoof;
 pub mod arp;
@@ -25,6 +26,7 @@ pub mod headers;
 pub mod icmp;
 pub mod io;
 pub mod nat;
+pub mod nat_gateway;
 pub mod packet;
 pub mod pipeline;
 pub mod policy;
@@ -35,5 +37,6 @@ pub mod worker;
 
 pub use config::*;
 pub use counters::{Counters, DropReason, Drops, PortCounters, Traffic};
+pub use nat_gateway::NatGatewayCounters;
 pub use pipeline::{METADATA, ROUTER_MAC};
 pub use worker::{Dataplane, StartError};

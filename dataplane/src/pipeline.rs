@@ -11,6 +11,9 @@
 //!  public   ----> public_in -------------------'
 //! ```
 //!
+//! A NAT gateway stands between the two sides of a card: `gateway_out` takes what a
+//! guest or another card sends to it, `gateway_in` what comes from the public side.
+//!
 //! Every arrow into `guest_out` passes the receiving port's own policy, also
 //! between two guests of one card. Each stage takes the packet by reference and
 //! says what comes next, or why the packet ends here; `Pipeline::run` is the one place
@@ -22,6 +25,7 @@
 
 mod guest;
 mod ingress;
+mod nat_gateway;
 mod wire;
 
 #[cfg(test)]
@@ -41,7 +45,7 @@ use crate::flow::{FLOWS_MAX, FlowTable, SWEEP_EVERY, Slot};
 use crate::fragment::FragmentTable;
 use crate::headers::ETHERNET;
 use crate::packet::{Packet, Pool};
-use crate::policy::{Locals, Map, Network, Port, Tables};
+use crate::policy::{GatewaySlot, Local, Locals, Map, Network, Port, Tables};
 use crate::{Mac, PortId, Prefix, Settings, Vni, fragment, headers, vxlan};
 
 /// The MAC of every subnet's router and of the card's services.
@@ -84,6 +88,10 @@ pub struct Turn<'a> {
 enum Next {
     /// Through the ingress policy of a port.
     Ingress(Slot, Origin),
+    /// Through a NAT gateway of this card, to the internet.
+    GatewayOut(GatewaySlot, Origin),
+    /// Through a NAT gateway of this card, from the internet.
+    GatewayIn(GatewaySlot),
     /// To the guest.
     Deliver(Slot),
     /// To another card; the VXLAN header is in place.
@@ -102,6 +110,7 @@ pub struct Pipeline {
     settings: Settings,
     ports: Vec<Option<PortState>>,
     by_id: Map<PortId, Slot>,
+    gateways: Vec<Option<nat_gateway::Gateway>>,
     locals: Locals,
     networks: Map<Vni, Arc<Network>>,
     flows: FlowTable,
@@ -169,6 +178,7 @@ impl Pipeline {
         Self {
             ports: Vec::new(),
             by_id: Map::default(),
+            gateways: Vec::new(),
             locals: Locals::default(),
             networks: Map::default(),
             flows: FlowTable::new(FLOWS_MAX, settings.seed),
@@ -199,6 +209,7 @@ impl Pipeline {
         for port in &tables.ports {
             self.port_put(now, port);
         }
+        self.gateways_put(now, tables);
         self.networks.clone_from(&tables.networks);
         self.locals_rebuild(now);
     }
@@ -233,7 +244,7 @@ impl Pipeline {
         let sweep = (!self.flows.is_empty()).then_some(self.sweep_at);
         let public = self.public.as_ref().and_then(Neighbours::due);
         let announcement = self.announcements.iter().map(|announcement| announcement.due).min();
-        [sweep, self.underlay.due(), public, announcement].into_iter().flatten().min()
+        [sweep, self.underlay.due(), public, announcement, self.gateways_due()].into_iter().flatten().min()
     }
 
     /// Does what time asks for: ageing, questions about neighbours, announcements.
@@ -243,6 +254,7 @@ impl Pipeline {
             self.flows.sweep(turn.now);
             self.sweep_at = turn.now + SWEEP_EVERY;
         }
+        self.gateways_tick(turn.now);
         let mut lost = self.underlay.tick(turn.now, turn.pool, &mut turn.out.underlay);
         if let (Some(neighbours), Some(side)) = (&mut self.public, self.settings.public) {
             lost += neighbours.tick(turn.now, turn.pool, &mut turn.out.public);
@@ -282,6 +294,8 @@ impl Pipeline {
                     at = Some(slot);
                     self.guest_out(turn, slot, origin, &mut packet)
                 }
+                Ok(Next::GatewayOut(slot, origin)) => self.gateway_out(turn, slot, origin, &mut packet),
+                Ok(Next::GatewayIn(slot)) => self.gateway_in(turn, slot, &mut packet),
                 Ok(Next::Deliver(slot)) => return self.deliver(turn, slot, packet),
                 Ok(Next::Underlay { vtep, entropy }) => return self.send_underlay(turn, at, packet, vtep, entropy),
                 Ok(Next::Public { hop, sender }) => return self.send_public(turn, at, packet, hop, sender),
@@ -392,27 +406,38 @@ impl Pipeline {
         }
     }
 
-    /// Indexes the ports by their addresses. When an index changed, flows of any
-    /// port may lead elsewhere; a public address that is new here is announced.
+    /// Indexes ports and NAT gateways by their addresses. When an index changed, flows
+    /// of any port may lead elsewhere; a public address that is new here is announced.
     fn locals_rebuild(&mut self, now: Duration) {
         let mut locals = Locals::default();
         for (number, state) in (0..).zip(&self.ports) {
             let Some(config) = state.as_ref().map(|state| &state.port.config) else { continue };
-            locals.by_address.insert((config.vni, config.ipv4), Slot(number));
-            if let Some(address) = config.public {
-                locals.by_public.insert(address, Slot(number));
+            let slot = Slot(number);
+            locals.by_mac.insert((config.vni, config.mac), Local::Port(slot));
+            for address in config.addresses() {
+                locals.by_address.insert((config.vni, address.private), slot);
+                if let Some(public) = address.public {
+                    locals.by_public.insert(public, (slot, address.private));
+                }
             }
         }
-        if locals.by_address != self.locals.by_address || locals.by_public != self.locals.by_public {
+        for (number, state) in (0..).zip(&self.gateways) {
+            let Some(config) = state.as_ref().map(|state| &state.gateway.config) else { continue };
+            let slot = GatewaySlot(number);
+            locals.by_mac.insert((config.vni, config.mac), Local::Gateway(slot));
+            locals.gateways.insert((config.vni, config.ipv4), slot);
+            locals.gateways_by_public.extend(config.public.iter().map(|address| (*address, slot)));
+        }
+        if locals != self.locals {
             for state in self.ports.iter_mut().flatten() {
                 state.hot.generation = self.generation;
             }
         }
         let before = std::mem::replace(&mut self.locals, locals);
-        self.announcements.retain(|announcement| self.locals.by_public.contains_key(&announcement.address));
+        self.announcements.retain(|announcement| self.locals.is_public(announcement.address));
         if self.public.is_some() {
-            let new = self.locals.by_public.keys().filter(|address| !before.by_public.contains_key(*address));
-            self.announcements.extend(new.map(|address| Announcement { address: *address, left: ANNOUNCEMENTS, due: now }));
+            let new = self.locals.public_addresses().filter(|address| !before.is_public(*address));
+            self.announcements.extend(new.map(|address| Announcement { address, left: ANNOUNCEMENTS, due: now }));
         }
     }
 
