@@ -100,6 +100,7 @@ fn metrics(sources: &Sources, summary: Option<Summary>) -> String {
             ("disk", summary.disks),
             ("volume", summary.volumes),
             ("network", summary.networks),
+            ("nat_gateway", summary.nat_gateways),
         ] {
             page.sample("card_objects", &[("kind", kind)], count as u64);
         }
@@ -147,6 +148,25 @@ fn packets(page: &mut Page, dataplane: &Dataplane) {
         page.sample("dataplane_drops_total", &[("reason", reason.name())], count);
     }
     page.gauge("dataplane_flows", "Connections tracked now.", counters.flows);
+    nat_gateways(page, &counters);
+}
+
+/// By the names that EC2 has for them in CloudWatch.
+fn nat_gateways(page: &mut Page, counters: &dataplane::Counters) {
+    page.head("dataplane_nat_gateway", "gauge", "What each NAT gateway of the card counts.");
+    for (id, gateway) in &counters.nat_gateways {
+        let gateway_label = format!("nat-gateway-{}", id.0);
+        for (name, value) in [
+            ("ActiveConnectionCount", gateway.active),
+            ("ConnectionAttemptCount", gateway.attempts),
+            ("ConnectionEstablishedCount", gateway.established),
+            ("ErrorPortAllocation", gateway.port_errors),
+            ("IdleTimeoutCount", gateway.idle_timeouts),
+            ("PacketsDropCount", gateway.drops),
+        ] {
+            page.sample("dataplane_nat_gateway", &[("gateway", &gateway_label), ("name", name)], value);
+        }
+    }
 }
 
 struct Page(String);

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use card_proto::host::{self, Net, function};
-use dataplane::{Dhcp, GroupId, Mac, PortConfig, PortId, Prefix, Protocol, Route, Vni};
+use dataplane::{Acl, Address, ConnectionTracking, Dhcp, GroupId, Mac, PortConfig, PortId, Prefix, Protocol, Route, Vni};
 
 use crate::object::Id;
 
@@ -23,11 +23,16 @@ pub struct Port {
     pub subnet: Prefix,
     pub vpc_prefixes: Vec<Prefix>,
     pub public_ipv4: Option<Ipv4Addr>,
+    /// Further addresses, each with its public one.
+    pub secondary: Vec<Address>,
     pub source_dest_check: bool,
     /// Largest IP packet in bytes.
     pub mtu: u16,
     pub ingress: Vec<Rule>,
     pub egress: Vec<Rule>,
+    /// Of its subnet.
+    pub acl: Option<Acl>,
+    pub tracking: ConnectionTracking,
     pub routes: Vec<Route>,
     pub security_group_ids: Vec<String>,
     pub dhcp: Dhcp,
@@ -61,6 +66,7 @@ impl Port {
             vni: self.vni,
             mac: self.mac,
             ipv4: self.private_ipv4,
+            secondary: self.secondary.clone(),
             subnet: self.subnet,
             vpc_prefixes: self.vpc_prefixes.clone(),
             public: self.public_ipv4,
@@ -68,6 +74,8 @@ impl Port {
             mtu: self.mtu,
             ingress: rules(&self.ingress),
             egress: rules(&self.egress),
+            acl: self.acl.clone(),
+            tracking: self.tracking,
             routes: self.routes.clone(),
             dhcp: self.dhcp.clone(),
             generation: self.generation,

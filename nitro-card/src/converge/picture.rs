@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use dataplane::{GroupId, PortId, Snapshot};
+use dataplane::{GroupId, NatGatewayId, PortId, Snapshot};
 
 use super::{Core, Guest};
 use crate::imds::Subjects;
@@ -16,6 +16,8 @@ use crate::object::Id;
 pub struct Numbers {
     ports: BTreeMap<Id, PortId>,
     ports_given: u32,
+    nat_gateways: BTreeMap<Id, NatGatewayId>,
+    nat_gateways_given: u32,
     groups: HashMap<String, GroupId>,
     groups_given: u32,
 }
@@ -33,6 +35,20 @@ impl Numbers {
 
     pub fn port_forget(&mut self, id: &Id) {
         self.ports.remove(id);
+    }
+
+    fn nat_gateway(&mut self, id: &Id) -> NatGatewayId {
+        if let Some(number) = self.nat_gateways.get(id) {
+            return *number;
+        }
+        self.nat_gateways_given = self.nat_gateways_given.wrapping_add(1);
+        let number = NatGatewayId(self.nat_gateways_given);
+        self.nat_gateways.insert(id.clone(), number);
+        number
+    }
+
+    pub fn nat_gateway_forget(&mut self, id: &Id) {
+        self.nat_gateways.remove(id);
     }
 
     fn group(&mut self, name: &str) -> GroupId {
@@ -68,6 +84,9 @@ impl Core {
             };
             snapshot.networks.push(network.config(&mut group));
         }
+        for (id, gateway) in &self.nat_gateways {
+            snapshot.nat_gateways.push(gateway.config(numbers.nat_gateway(id)));
+        }
         numbers.groups.retain(|_, number| used.contains(number));
         snapshot
     }
@@ -101,6 +120,7 @@ impl Core {
                     mac: port.mac,
                     private_ipv4: port.private_ipv4,
                     public_ipv4: port.public_ipv4,
+                    secondary: port.secondary.clone(),
                     local_hostname: if primary { metadata.local_hostname.clone() } else { name },
                     vpc_id: port.vpc_id.clone(),
                     subnet_id: port.subnet_id.clone(),

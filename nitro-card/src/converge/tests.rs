@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use card_proto::card::{Metadata, Phase, Status};
 use card_proto::host::{Inventory, Machine, MachinePhase, MachineStatus, Synced, to_card::Report, to_host::Command};
-use dataplane::{Dhcp, Mac, PortId, Prefix, Snapshot, Vni};
+use dataplane::{ConnectionTracking, Dhcp, Mac, PortId, Prefix, Snapshot, Vni};
 
 use super::*;
 use crate::instance::Instance;
@@ -46,10 +46,13 @@ pub(crate) fn port(name: &str, instance: &str, generation: u64) -> Port {
         subnet: Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 24),
         vpc_prefixes: Vec::new(),
         public_ipv4: None,
+        secondary: Vec::new(),
         source_dest_check: true,
         mtu: 9001,
         ingress: Vec::new(),
         egress: Vec::new(),
+        acl: None,
+        tracking: ConnectionTracking::default(),
         routes: Vec::new(),
         security_group_ids: Vec::new(),
         dhcp: Dhcp::default(),

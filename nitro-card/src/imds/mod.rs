@@ -157,7 +157,7 @@ mod tests {
     use std::time::Duration;
 
     use dataplane::io::mem::MemPort;
-    use dataplane::{Dataplane, Dhcp, Mac, PortConfig, Prefix, Settings, Snapshot, Underlay, Vni};
+    use dataplane::{Dataplane, Mac, PortConfig, Prefix, Settings, Snapshot, Underlay, Vni};
     use smoltcp::iface::{Interface, SocketSet};
     use smoltcp::phy::{ChecksumCapabilities, DeviceCapabilities, Medium, RxToken, TxToken};
     use smoltcp::socket::tcp;
