@@ -51,6 +51,8 @@ drop_reasons! {
     ArpIgnored = "arp_ignored",
     /// A DHCP message that has no answer.
     DhcpIgnored = "dhcp_ignored",
+    /// A message to the resolver that has no answer.
+    ResolverIgnored = "resolver_ignored",
     /// A link-local address, or a protocol there, that the card does not serve.
     LinkLocal = "link_local",
     /// More than 1,024 packets a second to the card's own services.

@@ -11,13 +11,13 @@
 //! The parser is our own and small: it runs on the worker, where bytes of a guest
 //! must not be able to panic.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
-use crate::Mac;
 use crate::counters::DropReason;
-use crate::headers::{self, ETHERNET, IPV4, UDP, read, write};
+use crate::headers::{read, write};
 use crate::packet::Packet;
 use crate::policy::Port;
+use crate::{Mac, datagram};
 
 /// UDP port of the server.
 pub const SERVER_PORT: u16 = 67;
@@ -92,7 +92,8 @@ pub fn answer(port: &Port, router_mac: Mac, request: &[u8], packet: &mut Packet)
         (port.config.mac, request.ciaddr)
     };
     let payload = reply(port, &request, kind);
-    if frame(packet, (router_mac, mac), (port.router, to), &payload) { Ok(()) } else { Err(DropReason::TooLong) }
+    let ends = (SocketAddrV4::new(port.router, SERVER_PORT), SocketAddrV4::new(to, CLIENT_PORT));
+    if datagram::frame(packet, (router_mac, mac), ends, &payload) { Ok(()) } else { Err(DropReason::TooLong) }
 }
 
 fn parse(bytes: &[u8]) -> Option<Request> {
@@ -186,32 +187,4 @@ fn put(message: &mut Vec<u8>, code: u8, value: &[u8]) {
         message.extend([code, length]);
         message.extend(value);
     }
-}
-
-/// Writes the frame around a DHCP message. False when it is too long for one.
-fn frame(packet: &mut Packet, (from_mac, to_mac): (Mac, Mac), (from, to): (Ipv4Addr, Ipv4Addr), payload: &[u8]) -> bool {
-    let udp_len = UDP + payload.len();
-    packet.reset();
-    if !packet.set_len(ETHERNET + IPV4 + udp_len) {
-        return false;
-    }
-    let bytes = packet.as_mut_slice();
-    headers::write_ethernet(bytes, to_mac, from_mac, headers::TYPE_IPV4);
-    let Some(ip) = bytes.get_mut(ETHERNET..) else { return false };
-    headers::write_ipv4(ip, (from, to), headers::UDP_PROTOCOL, (0, 0), udp_len);
-    let Some(udp) = ip.get_mut(IPV4..) else { return false };
-    write(udp, 0, SERVER_PORT.to_be_bytes());
-    write(udp, 2, CLIENT_PORT.to_be_bytes());
-    // It fits a packet, which is far below 64 KiB.
-    write(udp, 4, u16::try_from(udp_len).unwrap_or(u16::MAX).to_be_bytes());
-    write(udp, 6, [0, 0]);
-    if let Some(room) = udp.get_mut(UDP..) {
-        room.copy_from_slice(payload);
-    }
-    let sum = match headers::transport_checksum(from, to, headers::UDP_PROTOCOL, udp) {
-        0 => 0xffff,
-        sum => sum,
-    };
-    write(udp, 6, sum.to_be_bytes());
-    true
 }

@@ -17,6 +17,7 @@ use crate::action::Egress;
 use crate::counters::DropReason;
 use crate::flow::Slot;
 use crate::headers::{Ipv4, Transport};
+use crate::resolver::{Addresses, Resolver};
 use crate::route::{RouteTable, Target};
 use crate::{GroupId, Mac, NatGatewayConfig, NetworkConfig, PortConfig, Prefix, Route, RouteTarget, Snapshot, Vni, acl, security_group};
 
@@ -41,6 +42,8 @@ pub struct Network {
     forwarders: HashSet<Ipv4Addr, FixedState>,
     groups: Map<GroupId, HashSet<Ipv4Addr, FixedState>>,
     peers: Vec<Vni>,
+    /// Its name server, if it has one.
+    pub resolver: Option<Resolver>,
 }
 
 impl Network {
@@ -51,6 +54,7 @@ impl Network {
             forwarders: config.mappings.iter().filter(|m| m.forwards).map(|m| m.vtep).collect(),
             groups: config.groups.iter().map(|(id, members)| (*id, members.iter().copied().collect())).collect(),
             peers: config.peers.clone(),
+            resolver: config.resolver.as_ref().map(|resolver| Resolver::new(resolver, &config.mappings)),
         }
     }
 
@@ -141,8 +145,20 @@ pub struct Port {
     pub config: PortConfig,
     /// The subnet's router: its second address.
     pub router: Ipv4Addr,
+    /// The second address of the VPC, if its name server is there.
+    pub resolver: Option<Ipv4Addr>,
     /// Where it stands.
     pub site: Site,
+}
+
+impl Addresses for Port {
+    fn has(&self, address: Ipv4Addr) -> bool {
+        self.site.network.endpoint(address).is_some()
+    }
+
+    fn prefixes(&self) -> &[Prefix] {
+        &self.config.vpc_prefixes
+    }
 }
 
 /// A NAT gateway, ready for lookups.
@@ -203,7 +219,9 @@ impl Tables {
 impl Port {
     fn new(config: &PortConfig, networks: &Networks) -> Self {
         let site = Site::new(networks, config.vni, config.subnet, &config.vpc_prefixes, &config.routes);
-        Self { config: config.clone(), router: config.subnet.nth(1), site }
+        let first = config.vpc_prefixes.first().unwrap_or(&config.subnet);
+        let resolver = site.network.resolver.is_some().then(|| first.nth(2));
+        Self { config: config.clone(), router: config.subnet.nth(1), resolver, site }
     }
 }
 

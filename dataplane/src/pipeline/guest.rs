@@ -1,6 +1,6 @@
 //! What a guest sends: the card's own services first, then the flow of the packet.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 
 use super::{Hot, METADATA, Next, PUBLIC_MTU, Pipeline, ROUTER_MAC, Turn};
@@ -10,7 +10,7 @@ use crate::flow::{Direction, Flow, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ethernet, Ipv4, Transport, UDP};
 use crate::icmp::Error;
 use crate::packet::Packet;
-use crate::{anti_spoof, arp, dhcp, icmp, nat, policy, vxlan};
+use crate::{anti_spoof, arp, datagram, dhcp, icmp, nat, policy, resolver, vxlan};
 
 /// What a packet belongs to.
 pub(super) enum Subject {
@@ -230,7 +230,7 @@ impl Pipeline {
         }
     }
 
-    /// What is not forwarded: DHCP, metadata, the router; and the source check of
+    /// What is not forwarded: DHCP, metadata, resolver, the router; and the source check of
     /// all that is. `None` means that the packet is to be forwarded.
     fn guest_services(
         &mut self,
@@ -258,6 +258,9 @@ impl Pipeline {
         }
         if ip.total_len > usize::from(hot.mtu) {
             return Err(DropReason::TooLong);
+        }
+        if self.is_resolver(slot, ip.destination) {
+            return self.guest_resolver(turn, slot, hot, ip, packet).map(Some);
         }
         if ip.destination.is_link_local() {
             if ip.destination != METADATA || ip.protocol != headers::TCP {
@@ -302,8 +305,37 @@ impl Pipeline {
         }
     }
 
-    /// Answers for every address of the subnet that somebody has, for the router
-    /// and for the metadata service.
+    fn is_resolver(&self, slot: Slot, address: Ipv4Addr) -> bool {
+        let own = self.port(slot).and_then(|state| state.port.resolver);
+        own.is_some_and(|own| own == address || address == resolver::ADDRESS)
+    }
+
+    fn guest_resolver(&mut self, turn: &mut Turn<'_>, slot: Slot, hot: &Hot, ip: &Ipv4, packet: &Packet) -> Result<Next, DropReason> {
+        let payload = packet.as_slice().get(ETHERNET + ip.header_len..).unwrap_or_default();
+        if ip.protocol != headers::UDP_PROTOCOL || ip.is_fragment() {
+            return Err(DropReason::RouterUnserved);
+        }
+        let transport = headers::transport(ip, payload)?;
+        if transport.destination_port != resolver::PORT {
+            return Err(DropReason::RouterUnserved);
+        }
+        self.allow_service(turn, slot)?;
+        let port = self.port(slot).map(|state| Arc::clone(&state.port)).ok_or(DropReason::UnknownPort)?;
+        let query = payload.get(UDP..).unwrap_or_default();
+        let names = port.site.network.resolver.as_ref();
+        let answer = names.and_then(|names| names.answer(query, &*port)).ok_or(DropReason::ResolverIgnored)?;
+        let ends = (SocketAddrV4::new(ip.destination, resolver::PORT), SocketAddrV4::new(ip.source, transport.source_port));
+        let mut reply = turn.pool.get();
+        if datagram::frame(&mut reply, (ROUTER_MAC, hot.mac), ends, &answer) {
+            self.deliver(turn, slot, reply);
+        } else {
+            turn.pool.put(reply);
+        }
+        Ok(Next::Done)
+    }
+
+    /// Answers for every address of the subnet that somebody has, for the router,
+    /// the resolver and the metadata service.
     fn guest_arp(&mut self, turn: &mut Turn<'_>, slot: Slot, hot: &Hot, packet: &mut Packet) -> Result<Next, DropReason> {
         let message = arp::parse(packet.as_slice().get(ETHERNET..).unwrap_or_default())?;
         let (mac, address) = message.sender;
@@ -320,7 +352,7 @@ impl Pipeline {
         if message.operation != arp::REQUEST || owns(target) {
             return Err(DropReason::ArpIgnored);
         }
-        let found = if target == hot.router || target == METADATA {
+        let found = if target == hot.router || target == METADATA || self.is_resolver(slot, target) {
             Some(ROUTER_MAC)
         } else if hot.subnet.contains(target) {
             self.mac_of(slot, hot, target)

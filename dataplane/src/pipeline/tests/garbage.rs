@@ -32,6 +32,8 @@ fn lab() -> Lab {
         public: vec![N.into()],
     };
     lab.place_gateway(0, gateway);
+    let resolver = ResolverConfig { domain: "ec2.internal".into(), public_domain: Some("amazonaws.com".into()) };
+    lab.network(100, |network| network.resolver = Some(resolver.clone()));
     lab
 }
 
@@ -56,6 +58,14 @@ fn valid() -> Vec<(Device, Vec<u8>)> {
         (port, udp(end(A, 5), end(B, 53), b"data")),
         (port, ping(end(A, 0), End { mac: ROUTER_MAC, ip: [10, 0, 0, 1].into(), port: 0 }, 8, 1)),
         (port, udp(end(A, 5), via_router(internet), b"data")),
+        (
+            port,
+            udp(
+                end(A, 5),
+                End { mac: ROUTER_MAC, ip: crate::resolver::ADDRESS, port: 53 },
+                b"ab\x01\0\0\x01\0\0\0\0\0\x01\0\0\x01\0\x01\0\0\x29\0\0\0\0\0\0\0\0",
+            ),
+        ),
         (port, frame(end(A, 0), end(B, 0), 1, (1, 0), error.clone())),
         (port, arp_frame(1, (end(A, 0).mac, A.into()), (Mac([0; 6]), B.into()))),
         (port, udp(End { ip: [0; 4].into(), ..end(A, 68) }, all, &dhcp)),
