@@ -20,12 +20,14 @@
 //! that counts and frees.
 //!
 //! A port has a generation that rises when anything changed that its flows may
-//! depend on. A flow of an older generation looks up its next hop again with its
-//! next packet; that it may exist was decided once, when it was opened.
+//! depend on. A flow of an older generation is decided again, each direction with
+//! its next packet, by the ACL and the routes. That it may exist was decided once,
+//! when it was opened, if it is tracked; if not, the groups are asked again too.
 
 mod guest;
 mod ingress;
 mod nat_gateway;
+mod tracking;
 mod wire;
 
 #[cfg(test)]
@@ -371,6 +373,7 @@ impl Pipeline {
         if let Some(slot) = self.by_id.get(&port.config.id).copied() {
             let Some(state) = self.ports.get_mut(slot.0 as usize).and_then(Option::as_mut) else { return };
             if !Arc::ptr_eq(&state.port, port) {
+                self.flows.set_tracking(slot, port.config.tracking);
                 let moved = state.hot.vni != port.config.vni;
                 state.port = Arc::clone(port);
                 state.hot = Hot::new(port, generation);
@@ -395,6 +398,7 @@ impl Pipeline {
             None => self.ports.push(Some(state)),
         }
         self.by_id.insert(port.config.id, Slot(number));
+        self.flows.set_tracking(Slot(number), port.config.tracking);
     }
 
     fn port_remove(&mut self, id: PortId, slot: Slot) {

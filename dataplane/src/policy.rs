@@ -2,9 +2,9 @@
 //!
 //! Order, from the guest: anti-spoof (the pipeline checks that on every packet),
 //! security group, network ACL, route, address translation. To the guest:
-//! anti-spoof, network ACL, security group. The security group is asked once, when
-//! a connection is opened; all else again when the port's configuration changed,
-//! and then it cuts what it does not allow any more. A [`Snapshot`] is compiled off the worker's thread into [`Tables`], and
+//! anti-spoof, network ACL, security group. The security group of a tracked
+//! connection is asked once, when that is opened; all else again when the port's
+//! configuration changed, and then it cuts what it does not allow any more. A [`Snapshot`] is compiled off the worker's thread into [`Tables`], and
 //! whatever did not change keeps its `Arc`, by which the worker sees what did.
 
 use std::collections::HashSet;
@@ -15,8 +15,8 @@ use foldhash::fast::FixedState;
 
 use crate::action::Egress;
 use crate::counters::DropReason;
-use crate::flow::Slot;
-use crate::headers::{Ipv4, Transport};
+use crate::flow::{Direction, Slot};
+use crate::headers::{self, Ipv4, Transport};
 use crate::resolver::{Addresses, Resolver};
 use crate::route::{RouteTable, Target};
 use crate::{GroupId, Mac, NatGatewayConfig, NetworkConfig, PortConfig, Prefix, Route, RouteTarget, Snapshot, Vni, acl, security_group};
@@ -265,15 +265,37 @@ impl Locals {
     }
 }
 
-/// Decides on a connection that the guest of `port` opens.
-///
-/// # Errors
-/// [`DropReason::DeniedEgress`] and those of [`outward`].
-pub fn egress(port: &Port, slot: Slot, ip: &Ipv4, transport: &Transport, locals: &Locals, card: Ipv4Addr) -> Result<Egress, DropReason> {
-    if !security_group::allows(&port.config.egress, &port.site.network, ip.destination, ip, transport) {
-        return Err(DropReason::DeniedEgress);
+/// How a connection is remembered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tracking {
+    /// It goes on to its end, whatever becomes of the rule that let it in.
+    Tracked,
+    /// Both directions pass by rules for everybody, so nothing need be remembered:
+    /// when a rule goes, so does what it let through.
+    Untracked,
+    /// The rules do not let anybody open it.
+    Denied,
+}
+
+/// How EC2 remembers a connection of `port` with `remote` that goes in the direction
+/// `opener` with its first packet. TCP and UDP are not tracked where the rule that
+/// permits them is for any address and a rule of the other direction is for any
+/// address and all ports; but through a NAT gateway everything is.
+#[must_use]
+pub fn tracking(port: &Port, opener: Direction, ip: &Ipv4, transport: &Transport) -> Tracking {
+    let config = &port.config;
+    let (there, back, remote) = match opener {
+        Direction::Egress => (&config.egress, &config.ingress, ip.destination),
+        Direction::Ingress => (&config.ingress, &config.egress, ip.source),
+    };
+    if !security_group::allows(there, &port.site.network, remote, ip, transport) {
+        return Tracking::Denied;
     }
-    outward(port, slot, ip, transport, locals, card)
+    let for_everybody = matches!(ip.protocol, headers::TCP | headers::UDP_PROTOCOL)
+        && security_group::allows_anybody(there, ip.protocol, transport)
+        && security_group::allows_all(back, ip.protocol);
+    let by_nat_gateway = || matches!(port.site.target(remote), Some(Target::Route(RouteTarget::NatGateway(_))));
+    if for_everybody && !by_nat_gateway() { Tracking::Untracked } else { Tracking::Tracked }
 }
 
 /// Decides on a packet of a connection that is open already, from the guest.
@@ -285,18 +307,6 @@ pub fn outward(port: &Port, slot: Slot, ip: &Ipv4, transport: &Transport, locals
         return Err(DropReason::DeniedAclEgress);
     }
     next_hop(port, slot, (ip.source, ip.destination), locals, card)
-}
-
-/// Decides on a connection that somebody opens to the guest of `port`.
-///
-/// # Errors
-/// [`DropReason::DeniedIngress`].
-pub fn ingress(port: &Port, ip: &Ipv4, transport: &Transport) -> Result<(), DropReason> {
-    if security_group::allows(&port.config.ingress, &port.site.network, ip.source, ip, transport) {
-        Ok(())
-    } else {
-        Err(DropReason::DeniedIngress)
-    }
 }
 
 /// Decides on a packet of a connection that is open already, to the guest; who

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Hot, METADATA, Next, PUBLIC_MTU, Pipeline, ROUTER_MAC, Turn};
 use crate::action::{Egress, Origin};
 use crate::counters::DropReason;
-use crate::flow::{Direction, Flow, FlowId, Key, Slot};
+use crate::flow::{Direction, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ethernet, Ipv4, Transport, UDP};
 use crate::icmp::Error;
 use crate::packet::Packet;
@@ -54,10 +54,12 @@ impl Pipeline {
                     .find(hash, &key)
                     .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Egress, &transport)));
                 let (id, egress) = match known {
-                    Some(id) => (id, self.egress_of(slot, &hot, id, &ip, Some(&transport))?),
+                    Some(id) => (Some(id), self.egress_of(slot, &hot, id, &ip, Some(&transport))?),
                     None => self.open_egress(turn, slot, &hot, key, &ip, &transport)?,
                 };
-                self.flows.observe(id, turn.now, Direction::Egress, &transport);
+                if let Some(id) = id {
+                    self.flows.observe(id, turn.now, Direction::Egress, &transport);
+                }
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Egress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
                 }
@@ -113,7 +115,9 @@ impl Pipeline {
         match self.flows.get(id) {
             Some(flow) if flow.egress.0 == hot.generation => Ok(flow.egress.1),
             _ => {
-                let egress = self.outward(slot, ip, transport.ok_or(DropReason::FragmentUnknown)?)?;
+                let transport = transport.ok_or(DropReason::FragmentUnknown)?;
+                self.review(slot, id, Direction::Egress, ip, transport)?;
+                let egress = self.outward(slot, ip, transport)?;
                 if let Some(flow) = self.flows.get_mut(id) {
                     flow.egress = (hot.generation, egress);
                 }
@@ -135,13 +139,11 @@ impl Pipeline {
         key: Key,
         ip: &Ipv4,
         transport: &Transport,
-    ) -> Result<(FlowId, Egress), DropReason> {
-        let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        let card = self.settings.underlay.address;
-        let egress = policy::egress(&state.port, slot, ip, transport, &self.locals, card)?;
-        let mut flow = Flow::new(key, Direction::Egress);
+    ) -> Result<(Option<FlowId>, Egress), DropReason> {
+        let mut flow = self.open(slot, key, Direction::Egress, ip, transport)?;
+        let egress = self.outward(slot, ip, transport)?;
         flow.egress = (hot.generation, egress);
-        Ok((self.flows.insert(turn.now, flow)?, egress))
+        Ok((self.remember(turn, flow)?, egress))
     }
 
     /// Rewrites a packet as decided, and says which way it goes.

@@ -7,7 +7,7 @@ use super::guest::Subject;
 use super::{Hot, Next, Pipeline, ROUTER_MAC, Turn};
 use crate::action::Origin;
 use crate::counters::DropReason;
-use crate::flow::{Direction, Flow, FlowId, Key, Slot};
+use crate::flow::{Direction, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ipv4, Transport};
 use crate::packet::Packet;
 use crate::policy::Port;
@@ -31,10 +31,12 @@ impl Pipeline {
                     .find(self.flows.hash(&key), &key)
                     .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Ingress, &transport)));
                 let (id, source_mac) = match known {
-                    Some(id) => (id, self.origin_check(slot, &hot, id, (&ip, Some(&transport)), (origin, sender))?),
+                    Some(id) => (Some(id), self.origin_check(slot, &hot, id, (&ip, Some(&transport)), (origin, sender))?),
                     None => self.open_ingress(turn, slot, &hot, key, (&ip, &transport), (origin, sender))?,
                 };
-                self.flows.observe(id, turn.now, Direction::Ingress, &transport);
+                if let Some(id) = id {
+                    self.flows.observe(id, turn.now, Direction::Ingress, &transport);
+                }
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Ingress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
                 }
@@ -90,6 +92,7 @@ impl Pipeline {
                     return Err(self.source_mac(slot, ip, origin, sender).err().unwrap_or(DropReason::FragmentUnknown));
                 };
                 let source_mac = self.inward(slot, (ip, transport), (origin, sender))?;
+                self.review(slot, id, Direction::Ingress, ip, transport)?;
                 if let Some(flow) = self.flows.get_mut(id) {
                     flow.ingress = (hot.generation, origin);
                     flow.source_mac = source_mac;
@@ -107,14 +110,12 @@ impl Pipeline {
         key: Key,
         (ip, transport): (&Ipv4, &Transport),
         (origin, sender): (Origin, Mac),
-    ) -> Result<(FlowId, Mac), DropReason> {
+    ) -> Result<(Option<FlowId>, Mac), DropReason> {
         let source_mac = self.inward(slot, (ip, transport), (origin, sender))?;
-        let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        policy::ingress(&state.port, ip, transport)?;
-        let mut flow = Flow::new(key, Direction::Ingress);
+        let mut flow = self.open(slot, key, Direction::Ingress, ip, transport)?;
         flow.ingress = (hot.generation, origin);
         flow.source_mac = source_mac;
-        Ok((self.flows.insert(turn.now, flow)?, source_mac))
+        Ok((self.remember(turn, flow)?, source_mac))
     }
 
     /// What is decided again when the port has changed: may the packet come from

@@ -322,6 +322,22 @@ fn the_public_address_is_announced_and_answered_for() {
 }
 
 #[test]
+fn what_goes_through_the_gateway_is_tracked_whatever_the_rules() {
+    for at in [0, 1] {
+        let mut lab = lab(at);
+        let all = Rule { protocol: Protocol::Any, ports: None, icmp: (None, None), remote: ANY };
+        lab.port(at, 1).ingress = vec![all];
+        lab.apply();
+        let port = open(&mut lab, at, 1234);
+        lab.port(at, 1).ingress.clear();
+        lab.port(at, 1).egress.clear();
+        lab.apply();
+        lab.feed(CARD, Device::Public, &tcp(internet(80), public(port), flag::SYN | flag::ACK, b"")).only(at, 1);
+        lab.send(at, 1, &tcp(end(A, 1234), via_router(internet(80)), flag::ACK, b"")).only_public();
+    }
+}
+
+#[test]
 fn connections_survive_a_change_that_does_not_concern_them() {
     let mut lab = lab(1);
     let port = open(&mut lab, 1, 1234);
