@@ -18,6 +18,10 @@ pub struct Vni(pub u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NatGatewayId(pub u32);
 
+/// The allowance of an instance, numbered by the card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AllowanceId(pub u32);
+
 /// A security group, numbered by the card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId(pub u32);
@@ -171,6 +175,8 @@ pub struct PortConfig {
     pub acl: Option<Acl>,
     /// How long idle connections are remembered.
     pub tracking: ConnectionTracking,
+    /// What its instance may send and receive; `None`: all that the card can.
+    pub allowance: Option<AllowanceConfig>,
     /// The route table without the local routes; the longest prefix wins.
     pub routes: Vec<Route>,
     /// What DHCP tells the guest.
@@ -205,6 +211,31 @@ impl Default for ConnectionTracking {
     fn default() -> Self {
         Self { tcp_established_s: 350, udp_stream_s: 180, udp_s: 30 }
     }
+}
+
+/// The allowance of an instance. Ports that name the same one share it; if they
+/// differ in its limits, those of one of them count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AllowanceConfig {
+    /// Which one.
+    pub id: AllowanceId,
+    /// How much.
+    pub limits: Limits,
+}
+
+/// What the type of an instance allows; what is 0 is not limited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Each way, for ever.
+    pub baseline_bits_per_s: u64,
+    /// Each way, while credits last.
+    pub burst_bits_per_s: u64,
+    /// What may be spent above the baseline, each way.
+    pub credit_bits: u64,
+    /// Both ways together.
+    pub packets_per_s: u64,
+    /// Tracked at once.
+    pub connections: u32,
 }
 
 /// A network ACL: what may cross the border of a subnet, each way. Rules are in
@@ -382,6 +413,7 @@ impl PortConfig {
             egress: Vec::new(),
             acl: None,
             tracking: ConnectionTracking::default(),
+            allowance: None,
             routes: Vec::new(),
             dhcp: Dhcp::default(),
             generation: 1,

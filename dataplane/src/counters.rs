@@ -56,7 +56,7 @@ drop_reasons! {
     /// A link-local address, or a protocol there, that the card does not serve.
     LinkLocal = "link_local",
     /// More than 1,024 packets a second to the card's own services.
-    LinkLocalAllowance = "link_local_allowance",
+    LinkLocalAllowance = "linklocal_allowance_exceeded",
     /// To the router or the resolver, and nothing that they serve.
     RouterUnserved = "router_unserved",
     /// On a wire, and neither to this card nor to all.
@@ -112,7 +112,13 @@ drop_reasons! {
     /// Too many datagrams in fragments at once.
     FragmentTableFull = "fragment_table_full",
     /// No room to track one more connection.
-    ConntrackAllowance = "conntrack_allowance",
+    ConntrackAllowance = "conntrack_allowance_exceeded",
+    /// More bits to an instance than its type allows.
+    BandwidthIn = "bw_in_allowance_exceeded",
+    /// More bits from an instance than its type allows.
+    BandwidthOut = "bw_out_allowance_exceeded",
+    /// More packets to and from an instance than its type allows.
+    PacketRate = "pps_allowance_exceeded",
     /// Nobody answers ARP for the next hop.
     NeighbourUnresolved = "neighbour_unresolved",
     /// Too many packets wait for ARP.
@@ -174,6 +180,8 @@ pub struct PortCounters {
     pub traffic: Traffic,
     /// What was dropped on its account.
     pub drops: Drops,
+    /// Connections that its instance may still have tracked, if that is limited.
+    pub connections_left: Option<u32>,
 }
 
 /// A reading of all counters.
@@ -199,9 +207,21 @@ pub(crate) struct Tally {
     rx: [AtomicU64; 2],
     tx: [AtomicU64; 2],
     drops: [AtomicU64; REASONS],
+    connections_left: AtomicU64,
 }
 
+/// No limit: no count of connections has 64 bits.
+const UNLIMITED: u64 = u64::MAX;
+
 impl Tally {
+    pub(crate) fn set_connections_left(&self, left: Option<u32>) {
+        self.connections_left.store(left.map_or(UNLIMITED, u64::from), Ordering::Relaxed);
+    }
+
+    fn connections_left(&self) -> Option<u32> {
+        u32::try_from(read(&self.connections_left)).ok()
+    }
+
     pub(crate) fn received(&self, bytes: usize) {
         add_frame(&self.rx, bytes);
     }
@@ -222,6 +242,10 @@ impl Tally {
         Traffic { rx_packets, rx_bytes, tx_packets, tx_bytes }
     }
 
+    fn port(&self) -> PortCounters {
+        PortCounters { traffic: self.traffic(), drops: self.drops(), connections_left: self.connections_left() }
+    }
+
     pub(crate) fn drops(&self) -> Drops {
         Drops(self.drops.each_ref().map(read))
     }
@@ -229,7 +253,12 @@ impl Tally {
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { rx: Default::default(), tx: Default::default(), drops: std::array::from_fn(|_| AtomicU64::new(0)) }
+        Self {
+            rx: Default::default(),
+            tx: Default::default(),
+            drops: std::array::from_fn(|_| AtomicU64::new(0)),
+            connections_left: AtomicU64::new(UNLIMITED),
+        }
     }
 }
 
@@ -295,7 +324,7 @@ impl Board {
             public: self.public.traffic(),
             drops,
             flows: read(&self.flows),
-            ports: ports.iter().map(|(id, tally)| (*id, PortCounters { traffic: tally.traffic(), drops: tally.drops() })).collect(),
+            ports: ports.iter().map(|(id, tally)| (*id, tally.port())).collect(),
             nat_gateways: nat_gateways.iter().map(|(id, tally)| (*id, tally.read())).collect(),
         }
     }

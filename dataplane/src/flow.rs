@@ -170,6 +170,12 @@ impl Flow {
         self.state
     }
 
+    /// The port that it is at.
+    #[must_use]
+    pub fn slot(&self) -> Slot {
+        self.key.slot()
+    }
+
     /// Which way its first packet went.
     #[must_use]
     pub fn opener(&self) -> Direction {
@@ -182,7 +188,7 @@ impl Flow {
         self.untracked
     }
 
-    /// Changes that.
+    /// Says so of a flow that is not in a table yet.
     pub fn set_untracked(&mut self, untracked: bool) {
         self.untracked = untracked;
     }
@@ -260,6 +266,7 @@ pub struct FlowTable {
 struct Usage {
     flows: u32,
     embryonic: u32,
+    untracked: u32,
 }
 
 impl FlowTable {
@@ -358,6 +365,7 @@ impl FlowTable {
             self.evict(None)?;
         }
         flow.last_seen_ms = milliseconds(now);
+        let untracked = flow.untracked;
         let place = Place::new(hash, self.tags.len());
         let (bucket, way) = self.vacancy(place.primary).or_else(|| self.vacancy(place.secondary)).ok_or(DropReason::ConntrackAllowance)?;
         let id = if let Some(id) = self.free.pop() {
@@ -374,15 +382,31 @@ impl FlowTable {
         if let Some(usage) = self.usage.get_mut(slot.0 as usize) {
             usage.flows += 1;
             usage.embryonic += 1;
+            usage.untracked += u32::from(untracked);
         }
         Ok(FlowId(id))
+    }
+
+    /// Tracks a connection from here on.
+    pub fn track(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(id.0 as usize).filter(|flow| flow.live && flow.untracked) else { return };
+        flow.untracked = false;
+        if let Some(usage) = self.usage.get_mut(flow.key.slot().0 as usize) {
+            usage.untracked -= 1;
+        }
+    }
+
+    /// Connections tracked at a port.
+    #[must_use]
+    pub fn tracked(&self, slot: Slot) -> u32 {
+        self.usage.get(slot.0 as usize).map_or(0, |usage| usage.flows - usage.untracked)
     }
 
     /// Forgets a connection.
     pub fn remove(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get_mut(id.0 as usize).filter(|flow| flow.live) else { return };
         flow.live = false;
-        let (key, embryonic) = (flow.key, flow.state == State::New);
+        let (key, embryonic, untracked) = (flow.key, flow.state == State::New, flow.untracked);
         let place = Place::new(self.hash(&key), self.tags.len());
         for bucket in [place.primary, place.secondary] {
             let Some((tags, ids)) = self.tags.get(bucket).zip(self.ids.get(bucket)) else { return };
@@ -395,6 +419,7 @@ impl FlowTable {
         if let Some(usage) = self.usage.get_mut(key.slot().0 as usize) {
             usage.flows -= 1;
             usage.embryonic -= u32::from(embryonic);
+            usage.untracked -= u32::from(untracked);
         }
     }
 

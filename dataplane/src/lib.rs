@@ -30,6 +30,7 @@ pub mod fragment;
 pub mod headers;
 pub mod icmp;
 pub mod io;
+pub mod limits;
 pub mod nat;
 pub mod nat_gateway;
 pub mod packet;

@@ -26,6 +26,7 @@
 
 mod guest;
 mod ingress;
+mod limits;
 mod nat_gateway;
 mod tracking;
 mod wire;
@@ -113,6 +114,7 @@ pub struct Pipeline {
     ports: Vec<Option<PortState>>,
     by_id: Map<PortId, Slot>,
     gateways: Vec<Option<nat_gateway::Gateway>>,
+    allowances: Vec<limits::Shared>,
     locals: Locals,
     networks: Map<Vni, Arc<Network>>,
     flows: FlowTable,
@@ -131,6 +133,8 @@ struct PortState {
     hot: Hot,
     services: TokenBucket,
     errors: TokenBucket,
+    /// Index of its instance's allowance.
+    allowance: Option<usize>,
     tally: Arc<Tally>,
 }
 
@@ -181,6 +185,7 @@ impl Pipeline {
             ports: Vec::new(),
             by_id: Map::default(),
             gateways: Vec::new(),
+            allowances: Vec::new(),
             locals: Locals::default(),
             networks: Map::default(),
             flows: FlowTable::new(FLOWS_MAX, settings.seed),
@@ -212,6 +217,7 @@ impl Pipeline {
             self.port_put(now, port);
         }
         self.gateways_put(now, tables);
+        self.allowances_put(now);
         self.networks.clone_from(&tables.networks);
         self.locals_rebuild(now);
     }
@@ -223,9 +229,13 @@ impl Pipeline {
             Device::Port(id) => self.by_id.get(&id).copied(),
             Device::Underlay | Device::Public => None,
         };
+        if let Some(slot) = at {
+            self.police_sent(turn, slot, packets);
+        }
         for packet in packets.drain(..) {
             self.run(turn, from, at, packet);
         }
+        self.police_received(turn);
         self.account(turn, sent);
     }
 
@@ -389,6 +399,7 @@ impl Pipeline {
             hot: Hot::new(port, generation),
             services: TokenBucket::new(SERVICES_PER_S, SERVICES_PER_S, now),
             errors: TokenBucket::new(ERRORS_PER_S, ERRORS_PER_S, now),
+            allowance: None,
             tally: self.board.port(port.config.id),
         };
         let index = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
@@ -457,6 +468,7 @@ impl Pipeline {
     fn account(&self, turn: &Turn<'_>, (underlay, public): (usize, usize)) {
         turn.out.underlay.iter().skip(underlay).for_each(|packet| self.board.underlay.sent(packet.len()));
         turn.out.public.iter().skip(public).for_each(|packet| self.board.public.sent(packet.len()));
+        self.allowances_show();
         self.board.flows.store(self.flows.len() as u64, Ordering::Relaxed);
     }
 }

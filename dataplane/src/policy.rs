@@ -234,7 +234,7 @@ impl NatGateway {
 
 /// Index of a NAT gateway in the pipeline's table of gateways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct GatewaySlot(pub u16);
+pub struct GatewaySlot(pub u32);
 
 /// Ports and NAT gateways of this card by what packets name.
 #[derive(Debug, Default, PartialEq, Eq)]

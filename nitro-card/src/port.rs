@@ -3,7 +3,10 @@
 use std::net::Ipv4Addr;
 
 use card_proto::host::{self, Net, function};
-use dataplane::{Acl, Address, ConnectionTracking, Dhcp, GroupId, Mac, PortConfig, PortId, Prefix, Protocol, Route, Vni};
+use dataplane::{
+    Acl, Address, AllowanceConfig, AllowanceId, ConnectionTracking, Dhcp, GroupId, Limits, Mac, PortConfig, PortId, Prefix, Protocol,
+    Route, Vni,
+};
 
 use crate::object::Id;
 
@@ -33,6 +36,8 @@ pub struct Port {
     /// Of its subnet.
     pub acl: Option<Acl>,
     pub tracking: ConnectionTracking,
+    /// Of its instance.
+    pub limits: Option<Limits>,
     pub routes: Vec<Route>,
     pub security_group_ids: Vec<String>,
     pub dhcp: Dhcp,
@@ -58,8 +63,9 @@ pub enum Remote {
 }
 
 impl Port {
-    /// The port as the packet path takes it; `group` numbers security groups.
-    pub fn config(&self, id: PortId, group: &mut dyn FnMut(&str) -> GroupId) -> PortConfig {
+    /// The port as the packet path takes it; `allowance` is its instance's number
+    /// there, and `group` numbers security groups.
+    pub fn config(&self, id: PortId, allowance: AllowanceId, group: &mut dyn FnMut(&str) -> GroupId) -> PortConfig {
         let mut rules = |rules: &[Rule]| rules.iter().map(|rule| rule.number(group)).collect();
         PortConfig {
             id,
@@ -76,6 +82,7 @@ impl Port {
             egress: rules(&self.egress),
             acl: self.acl.clone(),
             tracking: self.tracking,
+            allowance: self.limits.map(|limits| AllowanceConfig { id: allowance, limits }),
             routes: self.routes.clone(),
             dhcp: self.dhcp.clone(),
             generation: self.generation,

@@ -174,7 +174,7 @@ impl Pipeline {
     /// Sends a packet to an address of the VPC, as the route table of the gateway's subnet has it.
     fn gateway_inside(&mut self, from: GatewaySlot, destination: Ipv4Addr, packet: &mut Packet) -> Result<Next, DropReason> {
         let card = self.settings.underlay.address;
-        let site = &self.gateways.get(usize::from(from.0)).and_then(Option::as_ref).ok_or(DropReason::NoMapping)?.gateway.site;
+        let site = &self.gateways.get(from.0 as usize).and_then(Option::as_ref).ok_or(DropReason::NoMapping)?.gateway.site;
         let way = match site.target(destination) {
             Some(Target::Local) => site.way(destination, &self.locals, card),
             Some(Target::Route(RouteTarget::NetworkInterface(port))) => site.way(port, &self.locals, card),
@@ -195,7 +195,7 @@ impl Pipeline {
     }
 
     fn gateway(&mut self, slot: GatewaySlot) -> Result<&mut Gateway, DropReason> {
-        self.gateways.get_mut(usize::from(slot.0)).and_then(Option::as_mut).ok_or(DropReason::UnknownDestination)
+        self.gateways.get_mut(slot.0 as usize).and_then(Option::as_mut).ok_or(DropReason::UnknownDestination)
     }
 
     fn gateway_account(&mut self, slot: GatewaySlot, next: Result<Next, DropReason>) -> Result<Next, DropReason> {

@@ -5,6 +5,7 @@ mod addresses;
 mod flows;
 mod garbage;
 mod lab;
+mod limits;
 mod model;
 mod nat_gateway;
 mod public;

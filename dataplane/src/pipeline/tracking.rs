@@ -23,6 +23,9 @@ impl Pipeline {
     /// Stores a flow. One that is not tracked passes also where there is no room for it.
     pub(super) fn remember(&mut self, turn: &Turn<'_>, flow: Flow) -> Result<Option<FlowId>, DropReason> {
         let untracked = flow.is_untracked();
+        if !untracked && !self.may_track(flow.slot()) {
+            return Err(DropReason::ConntrackAllowance);
+        }
         match self.flows.insert(turn.now, flow) {
             Ok(id) => Ok(Some(id)),
             Err(_) if untracked => Ok(None),
@@ -47,10 +50,8 @@ impl Pipeline {
             return Err(denied(direction));
         }
         let opened = if opener == direction { own } else { policy::tracking(port, opener, &turned(ip), &turned_ports(transport)) };
-        if opened == Tracking::Tracked
-            && let Some(flow) = self.flows.get_mut(id)
-        {
-            flow.set_untracked(false);
+        if opened == Tracking::Tracked {
+            self.flows.track(id);
         }
         Ok(())
     }

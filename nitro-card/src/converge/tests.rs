@@ -53,6 +53,7 @@ pub(crate) fn port(name: &str, instance: &str, generation: u64) -> Port {
         egress: Vec::new(),
         acl: None,
         tracking: ConnectionTracking::default(),
+        limits: None,
         routes: Vec::new(),
         security_group_ids: Vec::new(),
         dhcp: Dhcp::default(),

@@ -362,7 +362,7 @@ fn ports(dice: &mut Dice) -> Vec<PortConfig> {
     let place = |id: u32| {
         let (vni, subnet, host) = (100 + id / 5, (id % 2) as u8, 10 + (id % 5) as u8);
         let mut port = guest(id, vni, [10, 0, subnet, host]);
-        if id % 4 == 0 {
+        if id.is_multiple_of(4) {
             port.tracking = ConnectionTracking { tcp_established_s: 60, udp_stream_s: 60, udp_s: 60 };
         }
         port.public = (id % 3 != 1).then(|| Ipv4Addr::new(198, 51, 100, 20 + id as u8));
