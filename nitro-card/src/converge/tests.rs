@@ -743,6 +743,22 @@ fn the_metadata_service_knows_an_instance_by_its_ports() {
     assert_eq!(subject.disks.len(), 1);
 }
 
+#[test]
+fn ports_of_one_instance_share_its_allowance() {
+    let mut world = World::new();
+    let limits = Some(dataplane::Limits { packets_per_s: 1000, ..dataplane::Limits::default() });
+    for (name, instance) in [("eni-1", "i-1"), ("eni-2", "i-1"), ("eni-3", "i-2")] {
+        world.put(Object::Port(Port { limits, ..port(name, instance, 1) }));
+    }
+    let ids: Vec<_> = world.snapshot.ports.iter().map(|port| port.allowance.unwrap().id).collect();
+    assert!(ids[0] == ids[1] && ids[1] != ids[2], "{ids:?}");
+    // Numbers stay while other ports come and go.
+    world.put(Object::Port(Port { limits, ..port("eni-0", "i-3", 1) }));
+    world.delete(Kind::Port, "eni-1", 2);
+    let after: Vec<_> = world.snapshot.ports.iter().map(|port| port.allowance.unwrap().id).collect();
+    assert_eq!((after.len(), &after[1..]), (3, &ids[1..]));
+}
+
 /// Deterministic chance: SplitMix64.
 struct Chance(u64);
 
