@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use crate::PortId;
 use crate::flow::Slot;
 use crate::packet::{Packet, Pool};
+use crate::policy::GatewaySlot;
 
 /// What happens to the packets of a flow that come from the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,8 +21,10 @@ pub enum Egress {
     Remote {
         /// That card.
         vtep: Ipv4Addr,
-        /// MAC of the guest.
+        /// MAC of the guest, or of the port or NAT gateway that a route leads to.
         mac: crate::Mac,
+        /// Its VPC, which is another one for a peer.
+        vni: crate::Vni,
         /// Through the router: TTL and source MAC change.
         routed: bool,
     },
@@ -30,12 +33,17 @@ pub enum Egress {
         /// The port's public address.
         address: Ipv4Addr,
     },
+    /// To a NAT gateway of this card.
+    Gateway {
+        /// Which one.
+        to: GatewaySlot,
+    },
 }
 
 /// Where the packets of a flow that go to the guest come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// Another guest of this card.
+    /// Another guest of this card, or a NAT gateway of it.
     Local,
     /// The card with this underlay address.
     Vtep(Ipv4Addr),
@@ -52,8 +60,17 @@ pub struct Output {
     pub public: Vec<Packet>,
     /// For the card's own services, with the port each came from.
     pub punted: Vec<(PortId, Packet)>,
-    ports: Vec<(PortId, Vec<Packet>)>,
+    ports: Vec<PortOutput>,
     touched: Vec<Slot>,
+}
+
+/// Frames for one guest.
+#[derive(Debug)]
+struct PortOutput {
+    id: PortId,
+    packets: Vec<Packet>,
+    /// How many of them [`Output::judge`] has seen.
+    judged: usize,
 }
 
 impl Output {
@@ -61,24 +78,38 @@ impl Output {
     pub fn port(&mut self, slot: Slot, id: PortId, packet: Packet) {
         let index = slot.0 as usize;
         if self.ports.len() <= index {
-            self.ports.resize_with(index + 1, || (id, Vec::new()));
+            self.ports.resize_with(index + 1, || PortOutput { id, packets: Vec::new(), judged: 0 });
         }
-        if let Some((owner, packets)) = self.ports.get_mut(index) {
-            if packets.is_empty() {
-                *owner = id;
+        if let Some(port) = self.ports.get_mut(index) {
+            if port.packets.is_empty() {
+                port.id = id;
+                port.judged = 0;
                 self.touched.push(slot);
             }
-            packets.push(packet);
+            port.packets.push(packet);
         }
+    }
+
+    /// Takes back the frames for guests that `keep` refuses; each is asked for once.
+    pub(crate) fn judge(&mut self, pool: &mut Pool, mut keep: impl FnMut(Slot, &Packet) -> bool) {
+        let ports = &mut self.ports;
+        self.touched.retain(|slot| {
+            let Some(port) = ports.get_mut(slot.0 as usize) else { return false };
+            let from = port.judged.min(port.packets.len());
+            port.packets.extract_if(from.., |packet| !keep(*slot, packet)).for_each(|packet| pool.put(packet));
+            port.judged = port.packets.len();
+            // Without any it will be touched again.
+            port.judged > 0
+        });
     }
 
     /// Hands over the frames of each guest that has some; whatever `send` leaves
     /// goes back to the pool.
     pub fn drain_ports(&mut self, pool: &mut Pool, mut send: impl FnMut(&mut Pool, PortId, &mut Vec<Packet>)) {
         for slot in self.touched.drain(..) {
-            if let Some((id, packets)) = self.ports.get_mut(slot.0 as usize) {
-                send(pool, *id, packets);
-                pool.put_all(packets);
+            if let Some(port) = self.ports.get_mut(slot.0 as usize) {
+                send(pool, port.id, &mut port.packets);
+                pool.put_all(&mut port.packets);
             }
         }
     }

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::PortId;
+use crate::nat_gateway::NatGatewayCounters;
+use crate::{NatGatewayId, PortId};
 
 macro_rules! drop_reasons {
     ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
@@ -50,11 +51,13 @@ drop_reasons! {
     ArpIgnored = "arp_ignored",
     /// A DHCP message that has no answer.
     DhcpIgnored = "dhcp_ignored",
+    /// A message to the resolver that has no answer.
+    ResolverIgnored = "resolver_ignored",
     /// A link-local address, or a protocol there, that the card does not serve.
     LinkLocal = "link_local",
     /// More than 1,024 packets a second to the card's own services.
-    LinkLocalAllowance = "link_local_allowance",
-    /// To the router, and not a ping.
+    LinkLocalAllowance = "linklocal_allowance_exceeded",
+    /// To the router or the resolver, and nothing that they serve.
     RouterUnserved = "router_unserved",
     /// On a wire, and neither to this card nor to all.
     NotForUs = "not_for_us",
@@ -72,6 +75,12 @@ drop_reasons! {
     DeniedEgress = "denied_egress",
     /// No ingress rule of the receiver allows it.
     DeniedIngress = "denied_ingress",
+    /// The network ACL of the sender's subnet denies it.
+    DeniedAclEgress = "denied_acl_egress",
+    /// The network ACL of the receiver's subnet denies it.
+    DeniedAclIngress = "denied_acl_ingress",
+    /// To an address that is not the receiver's, who checks that.
+    NotOwnDestination = "not_own_destination",
     /// No route leads there.
     NoRoute = "no_route",
     /// The route's target is gone.
@@ -82,6 +91,16 @@ drop_reasons! {
     NoPublicAddress = "no_public_address",
     /// This card has no public side.
     NoPublicSide = "no_public_side",
+    /// To an address of a NAT gateway, and of no connection of it.
+    NatUnknown = "nat_unknown",
+    /// TCP of a connection that the NAT gateway has forgotten; answered with a reset.
+    NatForgotten = "nat_forgotten",
+    /// The NAT gateway has no port left for that destination, or no room.
+    NatExhausted = "nat_exhausted",
+    /// Through a NAT gateway, and neither TCP nor UDP nor a ping.
+    NatUnsupported = "nat_unsupported",
+    /// Through a NAT gateway, and a fragment of TCP or ICMP.
+    NatFragment = "nat_fragment",
     /// TTL ran out.
     TtlExpired = "ttl_expired",
     /// Longer than the link behind it takes, and not to be fragmented.
@@ -93,7 +112,13 @@ drop_reasons! {
     /// Too many datagrams in fragments at once.
     FragmentTableFull = "fragment_table_full",
     /// No room to track one more connection.
-    ConntrackAllowance = "conntrack_allowance",
+    ConntrackAllowance = "conntrack_allowance_exceeded",
+    /// More bits to an instance than its type allows.
+    BandwidthIn = "bw_in_allowance_exceeded",
+    /// More bits from an instance than its type allows.
+    BandwidthOut = "bw_out_allowance_exceeded",
+    /// More packets to and from an instance than its type allows.
+    PacketRate = "pps_allowance_exceeded",
     /// Nobody answers ARP for the next hop.
     NeighbourUnresolved = "neighbour_unresolved",
     /// Too many packets wait for ARP.
@@ -155,6 +180,8 @@ pub struct PortCounters {
     pub traffic: Traffic,
     /// What was dropped on its account.
     pub drops: Drops,
+    /// Connections that its instance may still have tracked, if that is limited.
+    pub connections_left: Option<u32>,
 }
 
 /// A reading of all counters.
@@ -170,6 +197,8 @@ pub struct Counters {
     pub flows: u64,
     /// Each configured port.
     pub ports: BTreeMap<PortId, PortCounters>,
+    /// Each configured NAT gateway.
+    pub nat_gateways: BTreeMap<NatGatewayId, NatGatewayCounters>,
 }
 
 /// The live counters of one device.
@@ -178,9 +207,21 @@ pub(crate) struct Tally {
     rx: [AtomicU64; 2],
     tx: [AtomicU64; 2],
     drops: [AtomicU64; REASONS],
+    connections_left: AtomicU64,
 }
 
+/// No limit: no count of connections has 64 bits.
+const UNLIMITED: u64 = u64::MAX;
+
 impl Tally {
+    pub(crate) fn set_connections_left(&self, left: Option<u32>) {
+        self.connections_left.store(left.map_or(UNLIMITED, u64::from), Ordering::Relaxed);
+    }
+
+    fn connections_left(&self) -> Option<u32> {
+        u32::try_from(read(&self.connections_left)).ok()
+    }
+
     pub(crate) fn received(&self, bytes: usize) {
         add_frame(&self.rx, bytes);
     }
@@ -201,6 +242,10 @@ impl Tally {
         Traffic { rx_packets, rx_bytes, tx_packets, tx_bytes }
     }
 
+    fn port(&self) -> PortCounters {
+        PortCounters { traffic: self.traffic(), drops: self.drops(), connections_left: self.connections_left() }
+    }
+
     pub(crate) fn drops(&self) -> Drops {
         Drops(self.drops.each_ref().map(read))
     }
@@ -208,7 +253,29 @@ impl Tally {
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { rx: Default::default(), tx: Default::default(), drops: std::array::from_fn(|_| AtomicU64::new(0)) }
+        Self {
+            rx: Default::default(),
+            tx: Default::default(),
+            drops: std::array::from_fn(|_| AtomicU64::new(0)),
+            connections_left: AtomicU64::new(UNLIMITED),
+        }
+    }
+}
+
+/// The live counters of a NAT gateway, as its table last said.
+#[derive(Debug, Default)]
+pub(crate) struct NatTally([AtomicU64; 6]);
+
+impl NatTally {
+    pub(crate) fn set(&self, counters: &NatGatewayCounters) {
+        let NatGatewayCounters { active, attempts, established, port_errors, idle_timeouts, drops } = *counters;
+        let values = [active, attempts, established, port_errors, idle_timeouts, drops];
+        self.0.iter().zip(values).for_each(|(cell, value)| cell.store(value, Ordering::Relaxed));
+    }
+
+    fn read(&self) -> NatGatewayCounters {
+        let [active, attempts, established, port_errors, idle_timeouts, drops] = self.0.each_ref().map(read);
+        NatGatewayCounters { active, attempts, established, port_errors, idle_timeouts, drops }
     }
 }
 
@@ -223,6 +290,7 @@ pub(crate) struct Board {
     /// The one count that other threads than the worker add to.
     pub(crate) inject_overflow: AtomicU64,
     ports: Mutex<BTreeMap<PortId, Arc<Tally>>>,
+    nat_gateways: Mutex<BTreeMap<NatGatewayId, Arc<NatTally>>>,
 }
 
 impl Board {
@@ -235,18 +303,29 @@ impl Board {
         self.ports.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
+    /// The counters of a NAT gateway, made at the first call.
+    pub(crate) fn nat_gateway(&self, id: NatGatewayId) -> Arc<NatTally> {
+        Arc::clone(self.nat_gateways.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default())
+    }
+
+    pub(crate) fn nat_gateway_remove(&self, id: NatGatewayId) {
+        self.nat_gateways.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+
     pub(crate) fn read(&self) -> Counters {
         let mut drops = self.card.drops();
         if let Some(cell) = drops.0.get_mut(DropReason::InjectOverflow as usize) {
             *cell = read(&self.inject_overflow);
         }
         let ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let nat_gateways = self.nat_gateways.lock().unwrap_or_else(PoisonError::into_inner);
         Counters {
             underlay: self.underlay.traffic(),
             public: self.public.traffic(),
             drops,
             flows: read(&self.flows),
-            ports: ports.iter().map(|(id, tally)| (*id, PortCounters { traffic: tally.traffic(), drops: tally.drops() })).collect(),
+            ports: ports.iter().map(|(id, tally)| (*id, tally.port())).collect(),
+            nat_gateways: nat_gateways.iter().map(|(id, tally)| (*id, tally.read())).collect(),
         }
     }
 }

@@ -11,13 +11,13 @@
 //! The parser is our own and small: it runs on the worker, where bytes of a guest
 //! must not be able to panic.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
-use crate::Mac;
 use crate::counters::DropReason;
-use crate::headers::{self, ETHERNET, IPV4, UDP, read, write};
+use crate::headers::{read, write};
 use crate::packet::Packet;
 use crate::policy::Port;
+use crate::{Mac, datagram};
 
 /// UDP port of the server.
 pub const SERVER_PORT: u16 = 67;
@@ -51,6 +51,7 @@ mod option {
     pub const DOMAIN: u8 = 15;
     pub const MTU: u8 = 26;
     pub const BROADCAST: u8 = 28;
+    pub const NTP: u8 = 42;
     pub const REQUESTED_ADDRESS: u8 = 50;
     pub const LEASE_TIME: u8 = 51;
     pub const MESSAGE_TYPE: u8 = 53;
@@ -91,7 +92,8 @@ pub fn answer(port: &Port, router_mac: Mac, request: &[u8], packet: &mut Packet)
         (port.config.mac, request.ciaddr)
     };
     let payload = reply(port, &request, kind);
-    if frame(packet, (router_mac, mac), (port.router, to), &payload) { Ok(()) } else { Err(DropReason::TooLong) }
+    let ends = (SocketAddrV4::new(port.router, SERVER_PORT), SocketAddrV4::new(to, CLIENT_PORT));
+    if datagram::frame(packet, (router_mac, mac), ends, &payload) { Ok(()) } else { Err(DropReason::TooLong) }
 }
 
 fn parse(bytes: &[u8]) -> Option<Request> {
@@ -168,8 +170,9 @@ fn reply(port: &Port, request: &Request, kind: u8) -> Vec<u8> {
         put(&mut message, option::BROADCAST, &broadcast.to_be_bytes());
         put(&mut message, option::MTU, &config.mtu.to_be_bytes());
         // 63 addresses fill the option; a resolver asks no more than three.
-        let dns: Vec<u8> = config.dhcp.dns.iter().take(63).flat_map(Ipv4Addr::octets).collect();
-        put(&mut message, option::DNS, &dns);
+        let list = |addresses: &[Ipv4Addr]| addresses.iter().take(63).flat_map(Ipv4Addr::octets).collect::<Vec<u8>>();
+        put(&mut message, option::DNS, &list(&config.dhcp.dns));
+        put(&mut message, option::NTP, &list(&config.dhcp.ntp));
         put(&mut message, option::HOSTNAME, config.dhcp.hostname.as_bytes());
         put(&mut message, option::DOMAIN, config.dhcp.domain.as_bytes());
     }
@@ -184,32 +187,4 @@ fn put(message: &mut Vec<u8>, code: u8, value: &[u8]) {
         message.extend([code, length]);
         message.extend(value);
     }
-}
-
-/// Writes the frame around a DHCP message. False when it is too long for one.
-fn frame(packet: &mut Packet, (from_mac, to_mac): (Mac, Mac), (from, to): (Ipv4Addr, Ipv4Addr), payload: &[u8]) -> bool {
-    let udp_len = UDP + payload.len();
-    packet.reset();
-    if !packet.set_len(ETHERNET + IPV4 + udp_len) {
-        return false;
-    }
-    let bytes = packet.as_mut_slice();
-    headers::write_ethernet(bytes, to_mac, from_mac, headers::TYPE_IPV4);
-    let Some(ip) = bytes.get_mut(ETHERNET..) else { return false };
-    headers::write_ipv4(ip, (from, to), headers::UDP_PROTOCOL, (0, 0), udp_len);
-    let Some(udp) = ip.get_mut(IPV4..) else { return false };
-    write(udp, 0, SERVER_PORT.to_be_bytes());
-    write(udp, 2, CLIENT_PORT.to_be_bytes());
-    // It fits a packet, which is far below 64 KiB.
-    write(udp, 4, u16::try_from(udp_len).unwrap_or(u16::MAX).to_be_bytes());
-    write(udp, 6, [0, 0]);
-    if let Some(room) = udp.get_mut(UDP..) {
-        room.copy_from_slice(payload);
-    }
-    let sum = match headers::transport_checksum(from, to, headers::UDP_PROTOCOL, udp) {
-        0 => 0xffff,
-        sum => sum,
-    };
-    write(udp, 6, sum.to_be_bytes());
-    true
 }

@@ -18,20 +18,21 @@
 //! table never grows beyond its bound or moves.
 //!
 //! ```text
-//! New ---reply, then ACK of the opener (TCP) / reply (others)---> Established
+//! New ---reply, then ACK of the opener (TCP) / reply, then more (UDP) / reply (others)---> Established
 //! New, Established ---RST, or FIN of both sides---> Closing
 //! ```
 //!
-//! Only New and Closing entries are evicted to make room. An opening SYN on an
+//! Only New and Closing entries are evicted to make room, and such as are not
+//! tracked: their rules let them on again. An opening SYN on an
 //! entry that exists is a new connection, and policy decides it anew.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use crate::Mac;
 use crate::action::{Egress, Origin};
 use crate::counters::DropReason;
 use crate::headers::{self, Ipv4, Transport, tcp};
+use crate::{ConnectionTracking, Mac};
 
 /// Connections that a card tracks at most.
 pub const FLOWS_MAX: usize = 1 << 18;
@@ -128,6 +129,7 @@ pub struct Flow {
     state: State,
     opener: Direction,
     answered: bool,
+    untracked: bool,
     fin_egress: bool,
     fin_ingress: bool,
     last_seen_ms: u32,
@@ -152,6 +154,7 @@ impl Flow {
             state: State::New,
             opener,
             answered: false,
+            untracked: false,
             fin_egress: false,
             fin_ingress: false,
             last_seen_ms: 0,
@@ -167,6 +170,29 @@ impl Flow {
         self.state
     }
 
+    /// The port that it is at.
+    #[must_use]
+    pub fn slot(&self) -> Slot {
+        self.key.slot()
+    }
+
+    /// Which way its first packet went.
+    #[must_use]
+    pub fn opener(&self) -> Direction {
+        self.opener
+    }
+
+    /// Whether its security group is asked again with every new configuration.
+    #[must_use]
+    pub fn is_untracked(&self) -> bool {
+        self.untracked
+    }
+
+    /// Says so of a flow that is not in a table yet.
+    pub fn set_untracked(&mut self, untracked: bool) {
+        self.untracked = untracked;
+    }
+
     /// Whether a packet opens a connection anew instead of going on with this one.
     #[must_use]
     pub fn reopens(&self, direction: Direction, transport: &Transport) -> bool {
@@ -176,20 +202,28 @@ impl Flow {
         opens && (self.state != State::New || self.opener == direction)
     }
 
-    fn idle_limit_ms(&self) -> u32 {
+    fn idle_limit_ms(&self, tracking: &ConnectionTracking) -> u32 {
         match (self.key.protocol(), self.state) {
             (headers::TCP, State::New) => 30_000,
-            (headers::TCP, State::Established) => 350_000,
+            (headers::TCP, State::Established) => tracking.tcp_established_s.saturating_mul(1000),
             (headers::TCP, State::Closing) => 10_000,
-            (headers::UDP_PROTOCOL, State::New) => 30_000,
-            (headers::UDP_PROTOCOL, _) => 180_000,
+            (headers::UDP_PROTOCOL, State::New) => tracking.udp_s.saturating_mul(1000),
+            (headers::UDP_PROTOCOL, _) => tracking.udp_stream_s.saturating_mul(1000),
             (headers::ICMP, _) => 30_000,
             _ => 600_000,
         }
     }
 
     fn observe(&mut self, direction: Direction, transport: &Transport) {
+        let was_answered = self.answered;
         self.answered |= direction != self.opener;
+        if self.key.protocol() == headers::UDP_PROTOCOL {
+            // One question with one answer is no conversation yet.
+            if was_answered {
+                self.state = State::Established;
+            }
+            return;
+        }
         if self.key.protocol() != headers::TCP {
             if self.answered {
                 self.state = State::Established;
@@ -222,6 +256,7 @@ pub struct FlowTable {
     flows: Vec<Flow>,
     free: Vec<u32>,
     usage: Vec<Usage>,
+    tracking: Vec<ConnectionTracking>,
     bound: usize,
     draws: u64,
     cursor: usize,
@@ -231,6 +266,7 @@ pub struct FlowTable {
 struct Usage {
     flows: u32,
     embryonic: u32,
+    untracked: u32,
 }
 
 impl FlowTable {
@@ -250,6 +286,7 @@ impl FlowTable {
             flows: Vec::with_capacity(bound),
             free: Vec::new(),
             usage: Vec::new(),
+            tracking: Vec::new(),
             bound,
             draws: state,
             cursor: 0,
@@ -328,6 +365,7 @@ impl FlowTable {
             self.evict(None)?;
         }
         flow.last_seen_ms = milliseconds(now);
+        let untracked = flow.untracked;
         let place = Place::new(hash, self.tags.len());
         let (bucket, way) = self.vacancy(place.primary).or_else(|| self.vacancy(place.secondary)).ok_or(DropReason::ConntrackAllowance)?;
         let id = if let Some(id) = self.free.pop() {
@@ -344,15 +382,31 @@ impl FlowTable {
         if let Some(usage) = self.usage.get_mut(slot.0 as usize) {
             usage.flows += 1;
             usage.embryonic += 1;
+            usage.untracked += u32::from(untracked);
         }
         Ok(FlowId(id))
+    }
+
+    /// Tracks a connection from here on.
+    pub fn track(&mut self, id: FlowId) {
+        let Some(flow) = self.flows.get_mut(id.0 as usize).filter(|flow| flow.live && flow.untracked) else { return };
+        flow.untracked = false;
+        if let Some(usage) = self.usage.get_mut(flow.key.slot().0 as usize) {
+            usage.untracked -= 1;
+        }
+    }
+
+    /// Connections tracked at a port.
+    #[must_use]
+    pub fn tracked(&self, slot: Slot) -> u32 {
+        self.usage.get(slot.0 as usize).map_or(0, |usage| usage.flows - usage.untracked)
     }
 
     /// Forgets a connection.
     pub fn remove(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get_mut(id.0 as usize).filter(|flow| flow.live) else { return };
         flow.live = false;
-        let (key, embryonic) = (flow.key, flow.state == State::New);
+        let (key, embryonic, untracked) = (flow.key, flow.state == State::New, flow.untracked);
         let place = Place::new(self.hash(&key), self.tags.len());
         for bucket in [place.primary, place.secondary] {
             let Some((tags, ids)) = self.tags.get(bucket).zip(self.ids.get(bucket)) else { return };
@@ -365,6 +419,18 @@ impl FlowTable {
         if let Some(usage) = self.usage.get_mut(key.slot().0 as usize) {
             usage.flows -= 1;
             usage.embryonic -= u32::from(embryonic);
+            usage.untracked -= u32::from(untracked);
+        }
+    }
+
+    /// Changes how long idle connections of a port are remembered, those that it has included.
+    pub fn set_tracking(&mut self, slot: Slot, tracking: ConnectionTracking) {
+        let index = slot.0 as usize;
+        if self.tracking.len() <= index {
+            self.tracking.resize(index + 1, ConnectionTracking::default());
+        }
+        if let Some(place) = self.tracking.get_mut(index) {
+            *place = tracking;
         }
     }
 
@@ -380,7 +446,12 @@ impl FlowTable {
         let start = if self.cursor >= self.flows.len() { 0 } else { self.cursor };
         let end = (start + part).min(self.flows.len());
         let now_ms = milliseconds(now);
-        self.remove_where(start..end, |flow| now_ms.wrapping_sub(flow.last_seen_ms) >= flow.idle_limit_ms());
+        let tracking = std::mem::take(&mut self.tracking);
+        self.remove_where(start..end, |flow| {
+            let tracking = tracking.get(flow.key.slot().0 as usize).copied().unwrap_or_default();
+            now_ms.wrapping_sub(flow.last_seen_ms) >= flow.idle_limit_ms(&tracking)
+        });
+        self.tracking = tracking;
         self.cursor = end;
         if self.is_empty() {
             self.flows.clear();
@@ -415,10 +486,9 @@ impl FlowTable {
             // Below the length, as the upper half of a product of two 32-bit numbers.
             let draw = ((split_mix(&mut self.draws) >> 32) * self.flows.len() as u64) >> 32;
             let index = u32::try_from(draw).unwrap_or(u32::MAX);
-            let candidate = self
-                .flows
-                .get(index as usize)
-                .is_some_and(|flow| flow.live && flow.state != State::Established && slot.is_none_or(|slot| flow.key.slot() == slot));
+            let candidate = self.flows.get(index as usize).is_some_and(|flow| {
+                flow.live && (flow.state != State::Established || flow.untracked) && slot.is_none_or(|slot| flow.key.slot() == slot)
+            });
             if candidate {
                 self.remove(FlowId(index));
                 return Ok(());

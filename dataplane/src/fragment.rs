@@ -28,37 +28,43 @@ struct Datagram {
     protocol: u8,
 }
 
-/// Datagrams whose first fragment passed.
-#[derive(Debug, Default)]
-pub struct FragmentTable {
-    flows: Map<Datagram, Key>,
+/// Datagrams whose first fragment passed, each with what was decided for it.
+#[derive(Debug)]
+pub struct FragmentTable<T = Key> {
+    decided: Map<Datagram, T>,
     expiry: VecDeque<(Duration, Datagram)>,
     held: Map<Slot, u16>,
 }
 
-impl FragmentTable {
-    /// The flow of a later fragment.
+impl<T> Default for FragmentTable<T> {
+    fn default() -> Self {
+        Self { decided: Map::default(), expiry: VecDeque::new(), held: Map::default() }
+    }
+}
+
+impl<T: Copy> FragmentTable<T> {
+    /// What was decided for the first fragment of a later one.
     #[must_use]
-    pub fn find(&self, slot: Slot, direction: Direction, ip: &Ipv4) -> Option<Key> {
-        self.flows.get(&datagram(slot, direction, ip)).copied()
+    pub fn find(&self, slot: Slot, direction: Direction, ip: &Ipv4) -> Option<T> {
+        self.decided.get(&datagram(slot, direction, ip)).copied()
     }
 
-    /// Notes that a first fragment passed as part of the flow `key`. Returns false
-    /// when too many are under way.
+    /// Notes what was decided for a first fragment that passed. Returns false when
+    /// too many are under way.
     #[must_use]
-    pub fn insert(&mut self, now: Duration, slot: Slot, direction: Direction, ip: &Ipv4, key: Key) -> bool {
+    pub fn insert(&mut self, now: Duration, slot: Slot, direction: Direction, ip: &Ipv4, decision: T) -> bool {
         self.expire(now);
         let datagram = datagram(slot, direction, ip);
-        if let Some(known) = self.flows.get_mut(&datagram) {
-            *known = key;
+        if let Some(known) = self.decided.get_mut(&datagram) {
+            *known = decision;
             return true;
         }
         let held = self.held.entry(slot).or_default();
-        if *held >= PORT_BOUND || self.flows.len() >= BOUND {
+        if *held >= PORT_BOUND || self.decided.len() >= BOUND {
             return false;
         }
         *held += 1;
-        self.flows.insert(datagram, key);
+        self.decided.insert(datagram, decision);
         self.expiry.push_back((now + LIFE, datagram));
         true
     }
@@ -68,7 +74,7 @@ impl FragmentTable {
             if *at > now {
                 break;
             }
-            self.flows.remove(datagram);
+            self.decided.remove(datagram);
             if let Some(held) = self.held.get_mut(&datagram.slot) {
                 *held -= 1;
             }
@@ -154,7 +160,7 @@ mod tests {
 
     #[test]
     fn one_port_cannot_fill_the_table() {
-        let mut table = FragmentTable::default();
+        let mut table = FragmentTable::<Key>::default();
         let mut bytes = [0; 20];
         headers::write_ipv4(&mut bytes, ([10, 0, 0, 1].into(), [10, 0, 0, 2].into()), 17, (0, MORE_FRAGMENTS), 0);
         let mut ip = headers::ipv4(&bytes).unwrap();

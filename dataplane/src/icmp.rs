@@ -6,6 +6,8 @@ use crate::Mac;
 use crate::headers::{self, ETHERNET, IPV4, Ipv4, write};
 use crate::packet::Packet;
 
+/// Type of an echo reply.
+pub const ECHO_REPLY: u8 = 0;
 /// Type of an echo request.
 pub const ECHO: u8 = 8;
 

@@ -1,51 +1,103 @@
-//! 1:1 address translation: a private address for its public one, ports unchanged.
+//! Address translation: one address for another (1:1, an Elastic IP), or an address
+//! and a port for others (a NAT gateway).
 //!
 //! Checksums are adjusted, not computed (RFC 1624), so that a packet damaged on
 //! its way stays damaged. TCP and UDP cover the addresses by a pseudo-header; it
 //! is in the first fragment only. An ICMP error quotes a packet of the other
-//! direction, whose addresses are translated with it (RFC 5508 section 4).
+//! direction, which is translated with it (RFC 5508 section 4). The port of an
+//! ICMP query is its identifier.
 
 use std::net::Ipv4Addr;
 
 use crate::headers::{self, Ipv4, read, write};
 
-/// Offset of each address in an IPv4 header.
-const SOURCE: usize = 12;
-const DESTINATION: usize = 16;
-
-/// Replaces the source address of the IPv4 packet `bytes`, parsed as `ip`; where
-/// it is an ICMP error, also the destination that the quoted packet had.
-pub fn source(bytes: &mut [u8], ip: &Ipv4, to: Ipv4Addr) {
-    address(bytes, ip, SOURCE, ip.source, to);
-    quoted(bytes, ip, DESTINATION, ip.source, to);
+/// The end of a packet that is translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Source,
+    Destination,
 }
 
-/// Replaces the destination address likewise.
-pub fn destination(bytes: &mut [u8], ip: &Ipv4, to: Ipv4Addr) {
-    address(bytes, ip, DESTINATION, ip.destination, to);
-    quoted(bytes, ip, SOURCE, ip.destination, to);
-}
+impl Side {
+    fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Destination,
+            Self::Destination => Self::Source,
+        }
+    }
 
-fn address(bytes: &mut [u8], ip: &Ipv4, offset: usize, from: Ipv4Addr, to: Ipv4Addr) {
-    let (old, new) = (from.octets(), to.octets());
-    write(bytes, offset, new);
-    adjust(bytes, 10, &old, &new);
-    if ip.fragment_offset == 0 {
-        transport(bytes, ip, &old, &new);
+    /// Offset of its address in an IPv4 header.
+    fn address(self) -> usize {
+        match self {
+            Self::Source => 12,
+            Self::Destination => 16,
+        }
+    }
+
+    /// Offset of its port in a TCP or UDP header.
+    fn port(self) -> usize {
+        match self {
+            Self::Source => 0,
+            Self::Destination => 2,
+        }
     }
 }
 
-fn transport(bytes: &mut [u8], ip: &Ipv4, old: &[u8], new: &[u8]) {
+/// Replaces the source address of the IPv4 packet `bytes`, parsed as `ip`, and with
+/// `port` the source port; where it is an ICMP error, also the destination that the
+/// quoted packet had.
+pub fn source(bytes: &mut [u8], ip: &Ipv4, to: Ipv4Addr, port: Option<u16>) {
+    translate(bytes, ip, Side::Source, (ip.source, to), port);
+}
+
+/// Replaces the destination likewise.
+pub fn destination(bytes: &mut [u8], ip: &Ipv4, to: Ipv4Addr, port: Option<u16>) {
+    translate(bytes, ip, Side::Destination, (ip.destination, to), port);
+}
+
+fn translate(bytes: &mut [u8], ip: &Ipv4, side: Side, (from, to): (Ipv4Addr, Ipv4Addr), port: Option<u16>) {
+    end(bytes, ip, side, (from, to), port);
+    quoted(bytes, ip, side.other(), (from, to), port);
+}
+
+/// Translates one end of a packet, but not what it may quote.
+fn end(bytes: &mut [u8], ip: &Ipv4, side: Side, (from, to): (Ipv4Addr, Ipv4Addr), port: Option<u16>) {
+    let (old, new) = (from.octets(), to.octets());
+    write(bytes, side.address(), new);
+    adjust(bytes, 10, &old, &new);
+    if ip.fragment_offset != 0 {
+        return;
+    }
+    let checksum = match ip.protocol {
+        headers::TCP => 16,
+        headers::UDP_PROTOCOL => 6,
+        _ => 2,
+    };
+    if ip.protocol != headers::ICMP {
+        transport(bytes, ip, checksum, &old, &new);
+    }
+    let Some(port) = port else { return };
+    let at = match ip.protocol {
+        headers::TCP | headers::UDP_PROTOCOL => side.port(),
+        headers::ICMP if !bytes.get(ip.header_len).is_some_and(|icmp_type| crate::icmp::is_error(*icmp_type)) => 4,
+        _ => return,
+    };
+    if let Some(old) = read::<2>(bytes, ip.header_len + at) {
+        write(bytes, ip.header_len + at, port.to_be_bytes());
+        transport(bytes, ip, checksum, &old, &port.to_be_bytes());
+    }
+}
+
+/// Adjusts the transport checksum, at `offset` in its header.
+fn transport(bytes: &mut [u8], ip: &Ipv4, offset: usize, old: &[u8], new: &[u8]) {
+    let at = ip.header_len + offset;
     match ip.protocol {
-        headers::TCP => adjust(bytes, ip.header_len + 16, old, new),
-        headers::UDP_PROTOCOL => {
-            // Zero means that the sender computed none, and may not come out of it.
-            let at = ip.header_len + 6;
-            if read::<2>(bytes, at).is_some_and(|sum| sum != [0, 0]) {
-                adjust(bytes, at, old, new);
-                if read::<2>(bytes, at) == Some([0, 0]) {
-                    write(bytes, at, [0xff, 0xff]);
-                }
+        headers::TCP | headers::ICMP => adjust(bytes, at, old, new),
+        // Zero means that the sender computed none, and may not come out of it.
+        headers::UDP_PROTOCOL if read::<2>(bytes, at).is_some_and(|sum| sum != [0, 0]) => {
+            adjust(bytes, at, old, new);
+            if read::<2>(bytes, at) == Some([0, 0]) {
+                write(bytes, at, [0xff, 0xff]);
             }
         }
         _ => {}
@@ -53,7 +105,7 @@ fn transport(bytes: &mut [u8], ip: &Ipv4, old: &[u8], new: &[u8]) {
 }
 
 /// Translates the packet quoted in an ICMP error, if it has the address.
-fn quoted(bytes: &mut [u8], ip: &Ipv4, offset: usize, from: Ipv4Addr, to: Ipv4Addr) {
+fn quoted(bytes: &mut [u8], ip: &Ipv4, side: Side, (from, to): (Ipv4Addr, Ipv4Addr), port: Option<u16>) {
     if ip.protocol != headers::ICMP || ip.fragment_offset != 0 {
         return;
     }
@@ -61,11 +113,11 @@ fn quoted(bytes: &mut [u8], ip: &Ipv4, offset: usize, from: Ipv4Addr, to: Ipv4Ad
     let Some((header, inner)) = icmp.split_first_chunk_mut::<8>() else { return };
     let [icmp_type, ..] = *header;
     let Ok(quote) = headers::ipv4_quoted(inner) else { return };
-    if !crate::icmp::is_error(icmp_type) || read(inner, offset) != Some(from.octets()) {
+    if !crate::icmp::is_error(icmp_type) || read(inner, side.address()) != Some(from.octets()) {
         return;
     }
     let whole_before = headers::checksum(inner);
-    address(inner, &quote, offset, from, to);
+    end(inner, &quote, side, (from, to), port);
     let whole_after = headers::checksum(inner);
     // The quote as a whole changed from one sum to another: adjust by that.
     adjust(icmp, 2, &(!whole_before).to_be_bytes(), &(!whole_after).to_be_bytes());
@@ -112,25 +164,29 @@ mod tests {
         #[test]
         fn translated_messages_have_right_checksums(
             payload in proptest::collection::vec(any::<u8>(), 20..200),
-            from: [u8; 4], to: [u8; 4], new: [u8; 4], protocol in prop::sample::select(vec![TCP, UDP_PROTOCOL]),
+            from: [u8; 4], to: [u8; 4], new: [u8; 4], port: Option<u16>, protocol in prop::sample::select(vec![TCP, UDP_PROTOCOL]),
         ) {
             let (from, to, new) = (from.into(), to.into(), Ipv4Addr::from(new));
             let mut bytes = message(protocol, from, to, payload);
             prop_assert!(right(&bytes));
             let ip = ipv4(&bytes).unwrap();
-            source(&mut bytes, &ip, new);
+            source(&mut bytes, &ip, new, port);
             prop_assert!(right(&bytes));
             let ip = ipv4(&bytes).unwrap();
-            destination(&mut bytes, &ip, from);
+            destination(&mut bytes, &ip, from, port);
             prop_assert!(right(&bytes));
             let ip = ipv4(&bytes).unwrap();
             prop_assert_eq!((ip.source, ip.destination), (new, from));
+            if let Some(port) = port {
+                let [a, b] = port.to_be_bytes();
+                prop_assert_eq!(read::<4>(&bytes, 20), Some([a, b, a, b]));
+            }
         }
 
         #[test]
         fn icmp_errors_are_translated_with_what_they_quote(
             payload in proptest::collection::vec(any::<u8>(), 20..99), quote_len in 28usize..200,
-            private: [u8; 4], public: [u8; 4], other: [u8; 4],
+            private: [u8; 4], public: [u8; 4], other: [u8; 4], port: Option<u16>,
         ) {
             let (private, public, other) = (Ipv4Addr::from(private), Ipv4Addr::from(public), Ipv4Addr::from(other));
             prop_assume!(private != other && public != other);
@@ -139,12 +195,13 @@ mod tests {
             error.extend(&sent[..quote_len.min(sent.len())]);
             let mut bytes = message(ICMP, other, public, error);
             let ip = ipv4(&bytes).unwrap();
-            destination(&mut bytes, &ip, private);
+            destination(&mut bytes, &ip, private, port);
             prop_assert!(right(&bytes));
             let quote = &bytes[28..];
             prop_assert_eq!(checksum(&quote[..20]), 0);
             let ip = headers::ipv4_quoted(quote).unwrap();
             prop_assert_eq!((ip.source, ip.destination), (private, other));
+            prop_assert_eq!(read::<2>(quote, 20), port.map_or_else(|| read(&sent, 20), |port| Some(port.to_be_bytes())));
             if quote.len() == sent.len() {
                 prop_assert!(right(quote));
             }
@@ -157,7 +214,7 @@ mod tests {
         let mut bytes = message(UDP_PROTOCOL, from, to, vec![0, 1, 0, 2, 0, 8, 0, 0]);
         write(&mut bytes, 26, [0, 0]);
         let ip = ipv4(&bytes).unwrap();
-        source(&mut bytes, &ip, Ipv4Addr::new(198, 51, 100, 7));
+        source(&mut bytes, &ip, Ipv4Addr::new(198, 51, 100, 7), Some(1024));
         assert_eq!(read(&bytes, 26), Some([0, 0]));
         assert!(ipv4(&bytes).is_ok());
     }

@@ -11,17 +11,24 @@
 //!  public   ----> public_in -------------------'
 //! ```
 //!
+//! A NAT gateway stands between the two sides of a card: `gateway_out` takes what a
+//! guest or another card sends to it, `gateway_in` what comes from the public side.
+//!
 //! Every arrow into `guest_out` passes the receiving port's own policy, also
 //! between two guests of one card. Each stage takes the packet by reference and
 //! says what comes next, or why the packet ends here; `Pipeline::run` is the one place
 //! that counts and frees.
 //!
 //! A port has a generation that rises when anything changed that its flows may
-//! depend on. A flow of an older generation looks up its next hop again with its
-//! next packet; that it may exist was decided once, when it was opened.
+//! depend on. A flow of an older generation is decided again, each direction with
+//! its next packet, by the ACL and the routes. That it may exist was decided once,
+//! when it was opened, if it is tracked; if not, the groups are asked again too.
 
 mod guest;
 mod ingress;
+mod limits;
+mod nat_gateway;
+mod tracking;
 mod wire;
 
 #[cfg(test)]
@@ -41,7 +48,7 @@ use crate::flow::{FLOWS_MAX, FlowTable, SWEEP_EVERY, Slot};
 use crate::fragment::FragmentTable;
 use crate::headers::ETHERNET;
 use crate::packet::{Packet, Pool};
-use crate::policy::{Locals, Map, Network, Port, Tables};
+use crate::policy::{GatewaySlot, Local, Locals, Map, Network, Port, Tables};
 use crate::{Mac, PortId, Prefix, Settings, Vni, fragment, headers, vxlan};
 
 /// The MAC of every subnet's router and of the card's services.
@@ -84,6 +91,10 @@ pub struct Turn<'a> {
 enum Next {
     /// Through the ingress policy of a port.
     Ingress(Slot, Origin),
+    /// Through a NAT gateway of this card, to the internet.
+    GatewayOut(GatewaySlot, Origin),
+    /// Through a NAT gateway of this card, from the internet.
+    GatewayIn(GatewaySlot),
     /// To the guest.
     Deliver(Slot),
     /// To another card; the VXLAN header is in place.
@@ -102,6 +113,8 @@ pub struct Pipeline {
     settings: Settings,
     ports: Vec<Option<PortState>>,
     by_id: Map<PortId, Slot>,
+    gateways: Vec<Option<nat_gateway::Gateway>>,
+    allowances: Vec<limits::Shared>,
     locals: Locals,
     networks: Map<Vni, Arc<Network>>,
     flows: FlowTable,
@@ -120,6 +133,8 @@ struct PortState {
     hot: Hot,
     services: TokenBucket,
     errors: TokenBucket,
+    /// Index of its instance's allowance.
+    allowance: Option<usize>,
     tally: Arc<Tally>,
 }
 
@@ -169,6 +184,8 @@ impl Pipeline {
         Self {
             ports: Vec::new(),
             by_id: Map::default(),
+            gateways: Vec::new(),
+            allowances: Vec::new(),
             locals: Locals::default(),
             networks: Map::default(),
             flows: FlowTable::new(FLOWS_MAX, settings.seed),
@@ -199,6 +216,8 @@ impl Pipeline {
         for port in &tables.ports {
             self.port_put(now, port);
         }
+        self.gateways_put(now, tables);
+        self.allowances_put(now);
         self.networks.clone_from(&tables.networks);
         self.locals_rebuild(now);
     }
@@ -210,9 +229,13 @@ impl Pipeline {
             Device::Port(id) => self.by_id.get(&id).copied(),
             Device::Underlay | Device::Public => None,
         };
+        if let Some(slot) = at {
+            self.police_sent(turn, slot, packets);
+        }
         for packet in packets.drain(..) {
             self.run(turn, from, at, packet);
         }
+        self.police_received(turn);
         self.account(turn, sent);
     }
 
@@ -233,7 +256,7 @@ impl Pipeline {
         let sweep = (!self.flows.is_empty()).then_some(self.sweep_at);
         let public = self.public.as_ref().and_then(Neighbours::due);
         let announcement = self.announcements.iter().map(|announcement| announcement.due).min();
-        [sweep, self.underlay.due(), public, announcement].into_iter().flatten().min()
+        [sweep, self.underlay.due(), public, announcement, self.gateways_due()].into_iter().flatten().min()
     }
 
     /// Does what time asks for: ageing, questions about neighbours, announcements.
@@ -243,6 +266,7 @@ impl Pipeline {
             self.flows.sweep(turn.now);
             self.sweep_at = turn.now + SWEEP_EVERY;
         }
+        self.gateways_tick(turn.now);
         let mut lost = self.underlay.tick(turn.now, turn.pool, &mut turn.out.underlay);
         if let (Some(neighbours), Some(side)) = (&mut self.public, self.settings.public) {
             lost += neighbours.tick(turn.now, turn.pool, &mut turn.out.public);
@@ -282,6 +306,8 @@ impl Pipeline {
                     at = Some(slot);
                     self.guest_out(turn, slot, origin, &mut packet)
                 }
+                Ok(Next::GatewayOut(slot, origin)) => self.gateway_out(turn, slot, origin, &mut packet),
+                Ok(Next::GatewayIn(slot)) => self.gateway_in(turn, slot, &mut packet),
                 Ok(Next::Deliver(slot)) => return self.deliver(turn, slot, packet),
                 Ok(Next::Underlay { vtep, entropy }) => return self.send_underlay(turn, at, packet, vtep, entropy),
                 Ok(Next::Public { hop, sender }) => return self.send_public(turn, at, packet, hop, sender),
@@ -357,6 +383,7 @@ impl Pipeline {
         if let Some(slot) = self.by_id.get(&port.config.id).copied() {
             let Some(state) = self.ports.get_mut(slot.0 as usize).and_then(Option::as_mut) else { return };
             if !Arc::ptr_eq(&state.port, port) {
+                self.flows.set_tracking(slot, port.config.tracking);
                 let moved = state.hot.vni != port.config.vni;
                 state.port = Arc::clone(port);
                 state.hot = Hot::new(port, generation);
@@ -372,6 +399,7 @@ impl Pipeline {
             hot: Hot::new(port, generation),
             services: TokenBucket::new(SERVICES_PER_S, SERVICES_PER_S, now),
             errors: TokenBucket::new(ERRORS_PER_S, ERRORS_PER_S, now),
+            allowance: None,
             tally: self.board.port(port.config.id),
         };
         let index = self.ports.iter().position(Option::is_none).unwrap_or(self.ports.len());
@@ -381,6 +409,7 @@ impl Pipeline {
             None => self.ports.push(Some(state)),
         }
         self.by_id.insert(port.config.id, Slot(number));
+        self.flows.set_tracking(Slot(number), port.config.tracking);
     }
 
     fn port_remove(&mut self, id: PortId, slot: Slot) {
@@ -392,27 +421,38 @@ impl Pipeline {
         }
     }
 
-    /// Indexes the ports by their addresses. When an index changed, flows of any
-    /// port may lead elsewhere; a public address that is new here is announced.
+    /// Indexes ports and NAT gateways by their addresses. When an index changed, flows
+    /// of any port may lead elsewhere; a public address that is new here is announced.
     fn locals_rebuild(&mut self, now: Duration) {
         let mut locals = Locals::default();
         for (number, state) in (0..).zip(&self.ports) {
             let Some(config) = state.as_ref().map(|state| &state.port.config) else { continue };
-            locals.by_address.insert((config.vni, config.ipv4), Slot(number));
-            if let Some(address) = config.public {
-                locals.by_public.insert(address, Slot(number));
+            let slot = Slot(number);
+            locals.by_mac.insert((config.vni, config.mac), Local::Port(slot));
+            for address in config.addresses() {
+                locals.by_address.insert((config.vni, address.private), slot);
+                if let Some(public) = address.public {
+                    locals.by_public.insert(public, (slot, address.private));
+                }
             }
         }
-        if locals.by_address != self.locals.by_address || locals.by_public != self.locals.by_public {
+        for (number, state) in (0..).zip(&self.gateways) {
+            let Some(config) = state.as_ref().map(|state| &state.gateway.config) else { continue };
+            let slot = GatewaySlot(number);
+            locals.by_mac.insert((config.vni, config.mac), Local::Gateway(slot));
+            locals.gateways.insert((config.vni, config.ipv4), slot);
+            locals.gateways_by_public.extend(config.public.iter().map(|address| (*address, slot)));
+        }
+        if locals != self.locals {
             for state in self.ports.iter_mut().flatten() {
                 state.hot.generation = self.generation;
             }
         }
         let before = std::mem::replace(&mut self.locals, locals);
-        self.announcements.retain(|announcement| self.locals.by_public.contains_key(&announcement.address));
+        self.announcements.retain(|announcement| self.locals.is_public(announcement.address));
         if self.public.is_some() {
-            let new = self.locals.by_public.keys().filter(|address| !before.by_public.contains_key(*address));
-            self.announcements.extend(new.map(|address| Announcement { address: *address, left: ANNOUNCEMENTS, due: now }));
+            let new = self.locals.public_addresses().filter(|address| !before.is_public(*address));
+            self.announcements.extend(new.map(|address| Announcement { address, left: ANNOUNCEMENTS, due: now }));
         }
     }
 
@@ -428,6 +468,7 @@ impl Pipeline {
     fn account(&self, turn: &Turn<'_>, (underlay, public): (usize, usize)) {
         turn.out.underlay.iter().skip(underlay).for_each(|packet| self.board.underlay.sent(packet.len()));
         turn.out.public.iter().skip(public).for_each(|packet| self.board.public.sent(packet.len()));
+        self.allowances_show();
         self.board.flows.store(self.flows.len() as u64, Ordering::Relaxed);
     }
 }

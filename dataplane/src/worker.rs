@@ -6,8 +6,8 @@
 //! `io::rx_burst` → `worker::turn` → [`pipeline`](crate::pipeline) →
 //! [`headers`](crate::headers) → [`flow`](crate::flow) → [`action`](crate::action)
 //! (with [`vxlan`](crate::vxlan)) → `io::tx_burst`. On a flow miss `pipeline` asks
-//! [`policy`](crate::policy) (anti_spoof, security_group, route, nat, in the order
-//! written there), stores the flow and goes on.
+//! [`policy`](crate::policy) (anti_spoof, security_group, acl, route, nat, in the
+//! order written there), stores the flow and goes on.
 //!
 //! Nothing to do: the thread sleeps in one `ppoll` over all devices and its own
 //! eventfd, until a frame, a command or the next deadline. A device without a

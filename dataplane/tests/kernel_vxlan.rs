@@ -24,8 +24,8 @@ use std::time::{Duration, Instant};
 
 use dataplane::io::packet::{PacketCounters, PacketPort};
 use dataplane::{
-    Dataplane, Dhcp, DropReason, Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Settings, Snapshot,
-    Underlay, Vni,
+    Dataplane, DropReason, Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Settings, Snapshot, Underlay,
+    Vni,
 };
 
 const CARD: Ipv4Addr = Ipv4Addr::new(10, 255, 0, 11);
@@ -133,24 +133,13 @@ fn snapshot() -> Snapshot {
     let vpc = Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 16);
     let all = Rule { protocol: Protocol::Any, ports: None, icmp: (None, None), remote: Remote::Prefix(vpc) };
     let port = PortConfig {
-        id: PortId(1),
-        vni: Vni(7),
-        mac: GUEST_MAC,
-        ipv4: GUEST,
-        subnet: Prefix::new(Ipv4Addr::new(10, 0, 1, 0), 24),
         vpc_prefixes: vec![vpc],
-        public: None,
-        source_dest_check: true,
-        mtu: 9001,
         ingress: vec![all],
         egress: vec![all],
-        routes: Vec::new(),
-        dhcp: Dhcp::default(),
-        generation: 1,
+        ..PortConfig::new(PortId(1), Vni(7), GUEST_MAC, GUEST, Prefix::new(Ipv4Addr::new(10, 0, 1, 0), 24))
     };
-    let mappings =
-        vec![Mapping { ip: GUEST, mac: GUEST_MAC, vtep: CARD }, Mapping { ip: OTHER_GUEST, mac: OTHER_GUEST_MAC, vtep: OTHER_CARD }];
-    Snapshot { ports: vec![port], networks: vec![NetworkConfig { vni: Vni(7), mappings, groups: Default::default() }] }
+    let mappings = vec![Mapping::new(GUEST, GUEST_MAC, CARD), Mapping::new(OTHER_GUEST, OTHER_GUEST_MAC, OTHER_CARD)];
+    Snapshot { ports: vec![port], networks: vec![NetworkConfig::new(Vni(7), mappings)], ..Snapshot::default() }
 }
 
 /// A datagram of `len` bytes goes there and comes back.

@@ -69,8 +69,11 @@ fn groups_open_and_close_ports_and_addresses_move() {
     std::thread::sleep(Duration::from_secs(1));
     assert!(!opens(&region, &client, &server), "a former member came in");
 
-    // A tracked connection outlives its rule; a new one does not get in.
-    let _ = region.call("AuthorizeSecurityGroupIngress", &anywhere);
+    // A tracked connection outlives its rule; a new one does not get in. What a rule
+    // for everybody lets in would not be tracked.
+    let own = format!("{}/32", client.private_address);
+    let only_client = rule(&servers, ("IpPermissions.1.IpRanges.1.CidrIp", &own));
+    let _ = region.call("AuthorizeSecurityGroupIngress", &only_client);
     std::thread::sleep(Duration::from_secs(1));
     let _ = region.ssh(&server, "sudo killall sh nc; setsid sh -c 'while :; do nc -l -p 8080 -e cat; done' >/dev/null 2>&1 &");
     std::thread::sleep(Duration::from_millis(500));
@@ -78,7 +81,7 @@ fn groups_open_and_close_ports_and_addresses_move() {
     let mut connection = region.ssh_command(&client);
     let connection = connection.arg(talk).stdout(std::process::Stdio::piped()).spawn().expect("ssh");
     std::thread::sleep(Duration::from_secs(3));
-    let _ = region.call("RevokeSecurityGroupIngress", &anywhere);
+    let _ = region.call("RevokeSecurityGroupIngress", &only_client);
     let output = connection.wait_with_output().expect("ssh");
     assert_eq!(String::from_utf8_lossy(&output.stdout), "one\ntwo\n", "the tracked connection was cut");
     assert!(!opens(&region, &client, &server), "a new connection came in after the rule went");

@@ -4,10 +4,13 @@
 use std::net::Ipv4Addr;
 
 use card_proto::card::{self, put_request, route, rule};
-use dataplane::{Dhcp, Mac, Mapping, Prefix, Protocol, Route, RouteTarget, Vni};
+use dataplane::{
+    Acl, AclRule, Address, ConnectionTracking, Dhcp, Limits, Mac, Mapping, Prefix, Protocol, ResolverConfig, Route, RouteTarget, Vni,
+};
 
 use crate::attachment::{Disk, Source};
 use crate::instance::{BootSource, Instance};
+use crate::nat_gateway::NatGateway;
 use crate::network::Network;
 use crate::object::{Id, Object};
 use crate::port::{Port, Remote, Rule};
@@ -27,6 +30,9 @@ pub struct Invalid {
 const USER_DATA_MAX: usize = 16 * 1024;
 const PREFIXES_MAX: usize = 64;
 const RULES_MAX: usize = 4096;
+/// EC2 lets a VPC have 125 peers, and a port of its largest type 50 addresses.
+const PEERS_MAX: usize = 256;
+const ADDRESSES_MAX: usize = 256;
 
 impl TryFrom<put_request::Object> for Object {
     type Error = Invalid;
@@ -38,7 +44,7 @@ impl TryFrom<put_request::Object> for Object {
             put_request::Object::Disk(message) => Self::Disk(message.try_into()?),
             put_request::Object::Volume(message) => Self::Volume(message.try_into()?),
             put_request::Object::Network(message) => Self::Network(message.try_into()?),
-            put_request::Object::NatGateway(_) => return Err(Invalid { field: "object", rule: "is no NAT gateway on this card" }),
+            put_request::Object::NatGateway(message) => Self::NatGateway(message.try_into()?),
         })
     }
 }
@@ -125,6 +131,11 @@ impl TryFrom<card::Port> for Port {
         require(names, "port.dhcp", "has names of at most 255 printable bytes")?;
         require(is_line(&message.vpc_id) && is_line(&message.subnet_id), "port.vpc_id", "has no control characters")?;
         require(message.security_group_ids.iter().all(|id| is_line(id)), "port.security_group_ids", "have no control characters")?;
+        require(message.secondary.len() <= ADDRESSES_MAX, "port.secondary", "are at most 256")?;
+        let secondary = |message: &card::Address| {
+            let private = address(message.private_ipv4).ok_or(Invalid { field: "port.secondary", rule: "have private addresses" })?;
+            Ok(Address { private, public: address(message.public_ipv4) })
+        };
         Ok(Self {
             id: id(&message.id, "port.id")?,
             generation: message.generation,
@@ -138,15 +149,63 @@ impl TryFrom<card::Port> for Port {
             subnet: prefix(&subnet, "port.subnet")?,
             vpc_prefixes: message.vpc_prefixes.iter().map(|p| prefix(p, "port.vpc_prefixes")).collect::<Result<_, _>>()?,
             public_ipv4: address(message.public_ipv4),
+            secondary: message.secondary.iter().map(secondary).collect::<Result<_, _>>()?,
             source_dest_check: message.source_dest_check,
             mtu: mtu.ok_or(Invalid { field: "port.mtu", rule: "is 68..=9001" })?,
             ingress: rules(message.ingress, "port.ingress")?,
             egress: rules(message.egress, "port.egress")?,
-            routes: message.routes.iter().map(route).collect::<Result<_, _>>()?,
+            acl: message.acl.map(|message| acl(&message, "port.acl")).transpose()?,
+            tracking: tracking(&message.connection_tracking.unwrap_or_default())?,
+            limits: message.limits.as_ref().map(limits),
+            routes: routes(&message.routes, "port.routes")?,
             security_group_ids: message.security_group_ids,
-            dhcp: Dhcp { hostname: dhcp.hostname, domain: dhcp.domain, dns: dhcp.dns.into_iter().take(16).map(Ipv4Addr::from).collect() },
+            dhcp: Dhcp { hostname: dhcp.hostname, domain: dhcp.domain, dns: servers(&dhcp.dns), ntp: servers(&dhcp.ntp) },
         })
     }
+}
+
+/// As many servers as a DHCP option is asked to hold.
+fn servers(addresses: &[u32]) -> Vec<Ipv4Addr> {
+    addresses.iter().take(16).copied().map(Ipv4Addr::from).collect()
+}
+
+fn tracking(message: &card::ConnectionTracking) -> Result<ConnectionTracking, Invalid> {
+    let seconds = |value: u32, default: u32, range: std::ops::RangeInclusive<u32>| match value {
+        0 => Ok(default),
+        value if range.contains(&value) => Ok(value),
+        _ => Err(Invalid { field: "port.connection_tracking", rule: "has timeouts as EC2 allows them" }),
+    };
+    let default = ConnectionTracking::default();
+    Ok(ConnectionTracking {
+        tcp_established_s: seconds(message.tcp_established_s, default.tcp_established_s, 60..=432_000)?,
+        udp_stream_s: seconds(message.udp_stream_s, default.udp_stream_s, 60..=180)?,
+        udp_s: seconds(message.udp_s, default.udp_s, 30..=60)?,
+    })
+}
+
+/// Every number is a limit, and 0 none.
+fn limits(message: &card::Limits) -> Limits {
+    Limits {
+        baseline_bits_per_s: message.baseline_bits_per_s,
+        burst_bits_per_s: message.burst_bits_per_s,
+        credit_bits: message.credit_bits,
+        packets_per_s: message.packets_per_s,
+        connections: message.connections,
+    }
+}
+
+fn acl(message: &card::Acl, field: &'static str) -> Result<Acl, Invalid> {
+    let list = |messages: &[card::AclRule]| {
+        require(messages.len() <= RULES_MAX, field, "has at most 4096 rules each way")?;
+        messages.iter().map(|message| acl_rule(message, field)).collect::<Result<_, _>>()
+    };
+    Ok(Acl { ingress: list(&message.ingress)?, egress: list(&message.egress)? })
+}
+
+fn acl_rule(message: &card::AclRule, field: &'static str) -> Result<AclRule, Invalid> {
+    let (protocol, ports, icmp) = matched(message.protocol, (message.from_port, message.to_port), field)?;
+    let remote = message.remote.as_ref().ok_or(Invalid { field, rule: "has a remote in every rule" })?;
+    Ok(AclRule { allow: message.allow, protocol, ports, icmp, remote: prefix(remote, field)? })
 }
 
 fn rules(messages: Vec<card::Rule>, field: &'static str) -> Result<Vec<Rule>, Invalid> {
@@ -155,11 +214,24 @@ fn rules(messages: Vec<card::Rule>, field: &'static str) -> Result<Vec<Rule>, In
 }
 
 fn rule(message: card::Rule, field: &'static str) -> Result<Rule, Invalid> {
-    let protocol = match message.protocol {
+    let (protocol, ports, icmp) = matched(message.protocol, (message.from_port, message.to_port), field)?;
+    let remote = match message.remote {
+        Some(rule::Remote::Prefix(remote)) => Remote::Prefix(prefix(&remote, field)?),
+        Some(rule::Remote::GroupId(group)) => Remote::Group(group),
+        None => return Err(Invalid { field, rule: "has a remote in every rule" }),
+    };
+    Ok(Rule { protocol, ports, icmp, remote })
+}
+
+/// Protocol, destination ports, ICMP type and code.
+type Matched = (Protocol, Option<(u16, u16)>, (Option<u8>, Option<u8>));
+
+/// What a rule is about, of a security group or an ACL.
+fn matched(protocol: u32, range: (i32, i32), field: &'static str) -> Result<Matched, Invalid> {
+    let protocol = match protocol {
         256 => Protocol::Any,
         number => Protocol::Number(u8::try_from(number).map_err(|_| Invalid { field, rule: "has protocols 0..=256" })?),
     };
-    let range = (message.from_port, message.to_port);
     let (ports, icmp) = match protocol {
         Protocol::Number(TCP | UDP) => match range {
             (-1, -1) => (None, (None, None)),
@@ -171,12 +243,7 @@ fn rule(message: card::Rule, field: &'static str) -> Result<Rule, Invalid> {
         Protocol::Number(ICMP) => (None, (icmp_code(range.0, field)?, icmp_code(range.1, field)?)),
         _ => (None, (None, None)),
     };
-    let remote = match message.remote {
-        Some(rule::Remote::Prefix(remote)) => Remote::Prefix(prefix(&remote, field)?),
-        Some(rule::Remote::GroupId(group)) => Remote::Group(group),
-        None => return Err(Invalid { field, rule: "has a remote in every rule" }),
-    };
-    Ok(Rule { protocol, ports, icmp, remote })
+    Ok((protocol, ports, icmp))
 }
 
 const ICMP: u8 = 1;
@@ -190,14 +257,48 @@ fn icmp_code(code: i32, field: &'static str) -> Result<Option<u8>, Invalid> {
     }
 }
 
-fn route(message: &card::Route) -> Result<Route, Invalid> {
-    let destination = message.destination.as_ref().ok_or(Invalid { field: "port.routes", rule: "have destinations" })?;
+fn routes(messages: &[card::Route], field: &'static str) -> Result<Vec<Route>, Invalid> {
+    require(messages.len() <= RULES_MAX, field, "are at most 4096")?;
+    messages.iter().map(|message| route(message, field)).collect()
+}
+
+fn route(message: &card::Route, field: &'static str) -> Result<Route, Invalid> {
+    let destination = message.destination.as_ref().ok_or(Invalid { field, rule: "have destinations" })?;
+    let through = |message| address(message).ok_or(Invalid { field, rule: "have targets" });
     let target = match message.target {
         Some(route::Target::InternetGateway(true)) => RouteTarget::InternetGateway,
         Some(route::Target::Blackhole(true)) => RouteTarget::Blackhole,
-        _ => return Err(Invalid { field: "port.routes", rule: "have targets" }),
+        Some(route::Target::NatGateway(gateway)) => RouteTarget::NatGateway(through(gateway)?),
+        Some(route::Target::NetworkInterface(port)) => RouteTarget::NetworkInterface(through(port)?),
+        Some(route::Target::PeerVni(peer)) => RouteTarget::Peer(vni(peer, field)?),
+        Some(route::Target::InternetGateway(false) | route::Target::Blackhole(false)) | None => {
+            return Err(Invalid { field, rule: "have targets" });
+        }
     };
-    Ok(Route { destination: prefix(destination, "port.routes")?, target })
+    Ok(Route { destination: prefix(destination, field)?, target })
+}
+
+impl TryFrom<card::NatGateway> for NatGateway {
+    type Error = Invalid;
+
+    fn try_from(message: card::NatGateway) -> Result<Self, Invalid> {
+        let subnet = message.subnet.ok_or(Invalid { field: "nat_gateway.subnet", rule: "is required" })?;
+        require(message.vpc_prefixes.len() <= PREFIXES_MAX, "nat_gateway.vpc_prefixes", "are at most 64")?;
+        require((1..=8).contains(&message.public_ipv4.len()), "nat_gateway.public_ipv4", "are 1 to 8 addresses")?;
+        let public = |message: &u32| address(*message).ok_or(Invalid { field: "nat_gateway.public_ipv4", rule: "are addresses" });
+        Ok(Self {
+            id: id(&message.id, "nat_gateway.id")?,
+            generation: message.generation,
+            vni: vni(message.vni, "nat_gateway.vni")?,
+            mac: mac(&message.mac, "nat_gateway.mac")?,
+            private_ipv4: address(message.private_ipv4).ok_or(Invalid { field: "nat_gateway.private_ipv4", rule: "is required" })?,
+            subnet: prefix(&subnet, "nat_gateway.subnet")?,
+            vpc_prefixes: message.vpc_prefixes.iter().map(|p| prefix(p, "nat_gateway.vpc_prefixes")).collect::<Result<_, _>>()?,
+            routes: routes(&message.routes, "nat_gateway.routes")?,
+            acl: message.acl.map(|message| acl(&message, "nat_gateway.acl")).transpose()?,
+            public_ipv4: message.public_ipv4.iter().map(public).collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 impl TryFrom<card::Disk> for Disk {
@@ -248,16 +349,32 @@ impl TryFrom<card::Network> for Network {
             let (Some(ip), Some(vtep)) = (ip, vtep) else {
                 return Err(Invalid { field: "network.mappings", rule: "have both addresses" });
             };
-            Ok(Mapping { ip, mac: mac(&mapping.mac, "network.mappings")?, vtep })
+            let mac = mac(&mapping.mac, "network.mappings")?;
+            Ok(Mapping { ip, mac, vtep, forwards: mapping.forwards, public: address(mapping.public_ipv4) })
         };
+        require(message.peers.len() <= PEERS_MAX, "network.peers", "are at most 256")?;
         Ok(Self {
             id: id(&message.id, "network.id")?,
             generation: message.generation,
             vni: vni(message.vni, "network.vni")?,
             mappings: message.mappings.iter().map(mapping).collect::<Result<_, _>>()?,
             groups: message.groups.into_iter().map(|group| (group.id, group.members.into_iter().map(Ipv4Addr::from).collect())).collect(),
+            peers: message.peers.iter().map(|peer| vni(*peer, "network.peers")).collect::<Result<_, _>>()?,
+            resolver: message.resolver.map(resolver).transpose()?,
         })
     }
+}
+
+fn resolver(message: card::Resolver) -> Result<ResolverConfig, Invalid> {
+    let public_domain = Some(message.public_domain).filter(|_| message.hostnames);
+    // A name has 255 bytes on the wire, and what stands before the domain takes up to 24 of them.
+    let is_domain = |name: &String| {
+        let label = |label: &str| (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        name.len() <= 224 && name.split('.').all(label)
+    };
+    let domains = std::iter::once(&message.domain).chain(&public_domain).all(is_domain);
+    require(domains, "network.resolver", "has domain names of at most 224 bytes")?;
+    Ok(ResolverConfig { domain: message.domain, public_domain })
 }
 
 /// An id of the wire.
@@ -310,65 +427,4 @@ fn prefix(message: &card::Prefix, field: &'static str) -> Result<Prefix, Invalid
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn port() -> card::Port {
-        card::Port {
-            id: "eni-1".into(),
-            generation: 1,
-            instance_id: "i-1".into(),
-            vni: 7,
-            mac: vec![2, 0, 0, 0, 0, 1],
-            private_ipv4: 0x0a00_0105,
-            subnet: Some(card::Prefix { address: 0x0a00_0100, length: 24 }),
-            mtu: 9001,
-            ..card::Port::default()
-        }
-    }
-
-    /// `change` breaks a good port; the refusal has to name `field`.
-    fn refused(field: &str, change: fn(&mut card::Port)) {
-        let mut message = port();
-        change(&mut message);
-        assert_eq!(Port::try_from(message).unwrap_err().field, field);
-    }
-
-    #[test]
-    fn a_bad_field_is_named() {
-        assert!(Port::try_from(port()).is_ok());
-        refused("port.id", |port| port.id = "../etc".into());
-        refused("port.vni", |port| port.vni = 0);
-        refused("port.vni", |port| port.vni = 1 << 24);
-        refused("port.mac", |port| port.mac = vec![2; 5]);
-        refused("port.mac", |port| port.mac = vec![0xff; 6]);
-        refused("port.mtu", |port| port.mtu = 9002);
-        refused("port.subnet", |port| port.subnet = None);
-        refused("port.subnet", |port| port.subnet = Some(card::Prefix { address: 0, length: 33 }));
-        refused("port.routes", |port| port.routes = vec![card::Route::default()]);
-        refused("port.ingress", |port| port.ingress = vec![card::Rule { protocol: 6, ..card::Rule::default() }]);
-        refused("port.dhcp", |port| port.dhcp = Some(card::Dhcp { hostname: "a\nb".into(), ..card::Dhcp::default() }));
-    }
-
-    #[test]
-    fn rules_take_ports_for_tcp_and_codes_for_icmp() {
-        let remote = Some(rule::Remote::GroupId("sg-1".into()));
-        let tcp = card::Rule { protocol: 6, from_port: 22, to_port: 23, remote: remote.clone() };
-        assert_eq!(rule(tcp.clone(), "x").unwrap().ports, Some((22, 23)));
-        assert!(rule(card::Rule { from_port: 24, ..tcp.clone() }, "x").is_err());
-        assert_eq!(rule(card::Rule { from_port: -1, to_port: -1, ..tcp }, "x").unwrap().ports, None);
-        let icmp = card::Rule { protocol: 1, from_port: 8, to_port: -1, remote: remote.clone() };
-        assert_eq!(rule(icmp, "x").unwrap().icmp, (Some(8), None));
-        let any = card::Rule { protocol: 256, from_port: 0, to_port: 0, remote };
-        assert_eq!(rule(any, "x").unwrap().protocol, Protocol::Any);
-    }
-
-    #[test]
-    fn object_keys_stay_inside_the_store() {
-        for key in ["../x", "a/b", ".hidden", "a\0b"] {
-            assert!(object_key(key.into(), "x").is_err(), "{key:?}");
-        }
-        assert_eq!(object_key(String::new(), "x"), Ok(None));
-        assert_eq!(object_key("mini-1.raw".into(), "x"), Ok(Some("mini-1.raw".into())));
-    }
-}
+mod tests;

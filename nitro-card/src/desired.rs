@@ -292,7 +292,7 @@ const EPOCH: &str = "epoch";
 const COMPLETE: &str = "complete";
 
 fn load(path: &Path, name: &str) -> Result<(Key, Mark, Option<Object>), String> {
-    let kinds = [Kind::Instance, Kind::Port, Kind::Disk, Kind::Volume, Kind::Network];
+    let kinds = [Kind::Instance, Kind::Port, Kind::Disk, Kind::Volume, Kind::Network, Kind::NatGateway];
     let (kind, id) = name.split_once('.').ok_or("not the name of a record")?;
     let kind = kinds.into_iter().find(|known| kind_name(*known) == kind).ok_or("not the name of a record")?;
     let key = Key { kind, id: Id::parse(id).ok_or("not the name of a record")? };

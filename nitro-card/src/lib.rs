@@ -24,6 +24,7 @@ pub mod host;
 pub mod imds;
 pub mod instance;
 pub mod metrics;
+pub mod nat_gateway;
 pub mod network;
 pub mod object;
 pub mod port;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use dataplane::{Dataplane, Traffic};
+use dataplane::{Dataplane, DropReason, Traffic};
 use storage_target::Target;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -100,6 +100,7 @@ fn metrics(sources: &Sources, summary: Option<Summary>) -> String {
             ("disk", summary.disks),
             ("volume", summary.volumes),
             ("network", summary.networks),
+            ("nat_gateway", summary.nat_gateways),
         ] {
             page.sample("card_objects", &[("kind", kind)], count as u64);
         }
@@ -147,6 +148,47 @@ fn packets(page: &mut Page, dataplane: &Dataplane) {
         page.sample("dataplane_drops_total", &[("reason", reason.name())], count);
     }
     page.gauge("dataplane_flows", "Connections tracked now.", counters.flows);
+    nat_gateways(page, &counters);
+    allowances(page, &counters);
+}
+
+/// By the names that EC2's network driver shows them under.
+fn allowances(page: &mut Page, counters: &dataplane::Counters) {
+    page.head("dataplane_ena_allowance", "gauge", "What exceeded the allowance of each port's instance, and what is left of it.");
+    for (id, port) in &counters.ports {
+        let device = format!("port-{}", id.0);
+        let reasons = [
+            DropReason::BandwidthIn,
+            DropReason::BandwidthOut,
+            DropReason::PacketRate,
+            DropReason::ConntrackAllowance,
+            DropReason::LinkLocalAllowance,
+        ];
+        for reason in reasons {
+            page.sample("dataplane_ena_allowance", &[("device", &device), ("name", reason.name())], port.drops.get(reason));
+        }
+        if let Some(left) = port.connections_left {
+            page.sample("dataplane_ena_allowance", &[("device", &device), ("name", "conntrack_allowance_available")], left.into());
+        }
+    }
+}
+
+/// By the names that EC2 has for them in CloudWatch.
+fn nat_gateways(page: &mut Page, counters: &dataplane::Counters) {
+    page.head("dataplane_nat_gateway", "gauge", "What each NAT gateway of the card counts.");
+    for (id, gateway) in &counters.nat_gateways {
+        let gateway_label = format!("nat-gateway-{}", id.0);
+        for (name, value) in [
+            ("ActiveConnectionCount", gateway.active),
+            ("ConnectionAttemptCount", gateway.attempts),
+            ("ConnectionEstablishedCount", gateway.established),
+            ("ErrorPortAllocation", gateway.port_errors),
+            ("IdleTimeoutCount", gateway.idle_timeouts),
+            ("PacketsDropCount", gateway.drops),
+        ] {
+            page.sample("dataplane_nat_gateway", &[("gateway", &gateway_label), ("name", name)], value);
+        }
+    }
 }
 
 struct Page(String);

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use dataplane::{GroupId, Mapping, NetworkConfig, Vni};
+use dataplane::{GroupId, Mapping, NetworkConfig, ResolverConfig, Vni};
 
 use crate::object::Id;
 
@@ -15,12 +15,14 @@ pub struct Network {
     pub vni: Vni,
     pub mappings: Vec<Mapping>,
     pub groups: Vec<(String, Vec<Ipv4Addr>)>,
+    pub peers: Vec<Vni>,
+    pub resolver: Option<ResolverConfig>,
 }
 
 impl Network {
     /// The network as the packet path takes it; `group` numbers security groups.
     pub fn config(&self, group: &mut dyn FnMut(&str) -> GroupId) -> NetworkConfig {
         let groups = self.groups.iter().map(|(name, members)| (group(name), members.clone())).collect();
-        NetworkConfig { vni: self.vni, mappings: self.mappings.clone(), groups }
+        NetworkConfig { vni: self.vni, mappings: self.mappings.clone(), groups, peers: self.peers.clone(), resolver: self.resolver.clone() }
     }
 }

@@ -1,4 +1,4 @@
-//! What control may put on a card: an object of one of five kinds, with an id and a generation.
+//! What control may put on a card: an object of one of six kinds, with an id and a generation.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,6 +7,7 @@ pub use card_proto::card::Kind;
 
 use crate::attachment::Disk;
 use crate::instance::Instance;
+use crate::nat_gateway::NatGateway;
 use crate::network::Network;
 use crate::port::Port;
 use crate::volume::Volume;
@@ -89,6 +90,7 @@ pub enum Object {
     Disk(Disk),
     Volume(Volume),
     Network(Network),
+    NatGateway(NatGateway),
 }
 
 impl Object {
@@ -101,6 +103,7 @@ impl Object {
             Self::Disk(disk) => Key::new(Kind::Disk, &disk.id),
             Self::Volume(volume) => Key::new(Kind::Volume, &volume.id),
             Self::Network(network) => Key::new(Kind::Network, &network.id),
+            Self::NatGateway(gateway) => Key::new(Kind::NatGateway, &gateway.id),
         }
     }
 
@@ -113,6 +116,7 @@ impl Object {
             Self::Disk(disk) => disk.generation,
             Self::Volume(volume) => volume.generation,
             Self::Network(network) => network.generation,
+            Self::NatGateway(gateway) => gateway.generation,
         }
     }
 }

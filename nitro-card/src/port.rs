@@ -3,7 +3,10 @@
 use std::net::Ipv4Addr;
 
 use card_proto::host::{self, Net, function};
-use dataplane::{Dhcp, GroupId, Mac, PortConfig, PortId, Prefix, Protocol, Route, Vni};
+use dataplane::{
+    Acl, Address, AllowanceConfig, AllowanceId, ConnectionTracking, Dhcp, GroupId, Limits, Mac, PortConfig, PortId, Prefix, Protocol,
+    Route, Vni,
+};
 
 use crate::object::Id;
 
@@ -23,11 +26,18 @@ pub struct Port {
     pub subnet: Prefix,
     pub vpc_prefixes: Vec<Prefix>,
     pub public_ipv4: Option<Ipv4Addr>,
+    /// Further addresses, each with its public one.
+    pub secondary: Vec<Address>,
     pub source_dest_check: bool,
     /// Largest IP packet in bytes.
     pub mtu: u16,
     pub ingress: Vec<Rule>,
     pub egress: Vec<Rule>,
+    /// Of its subnet.
+    pub acl: Option<Acl>,
+    pub tracking: ConnectionTracking,
+    /// Of its instance.
+    pub limits: Option<Limits>,
     pub routes: Vec<Route>,
     pub security_group_ids: Vec<String>,
     pub dhcp: Dhcp,
@@ -53,14 +63,16 @@ pub enum Remote {
 }
 
 impl Port {
-    /// The port as the packet path takes it; `group` numbers security groups.
-    pub fn config(&self, id: PortId, group: &mut dyn FnMut(&str) -> GroupId) -> PortConfig {
+    /// The port as the packet path takes it; `allowance` is its instance's number
+    /// there, and `group` numbers security groups.
+    pub fn config(&self, id: PortId, allowance: AllowanceId, group: &mut dyn FnMut(&str) -> GroupId) -> PortConfig {
         let mut rules = |rules: &[Rule]| rules.iter().map(|rule| rule.number(group)).collect();
         PortConfig {
             id,
             vni: self.vni,
             mac: self.mac,
             ipv4: self.private_ipv4,
+            secondary: self.secondary.clone(),
             subnet: self.subnet,
             vpc_prefixes: self.vpc_prefixes.clone(),
             public: self.public_ipv4,
@@ -68,6 +80,9 @@ impl Port {
             mtu: self.mtu,
             ingress: rules(&self.ingress),
             egress: rules(&self.egress),
+            acl: self.acl.clone(),
+            tracking: self.tracking,
+            allowance: self.limits.map(|limits| AllowanceConfig { id: allowance, limits }),
             routes: self.routes.clone(),
             dhcp: self.dhcp.clone(),
             generation: self.generation,

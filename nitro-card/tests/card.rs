@@ -284,6 +284,20 @@ fn port() -> card::Port {
     }
 }
 
+fn nat_gateway() -> card::NatGateway {
+    card::NatGateway {
+        id: "nat-1".into(),
+        generation: 1,
+        vpc_id: "vpc-1".into(),
+        vni: 7,
+        mac: vec![2, 0, 0, 0, 0, 9],
+        private_ipv4: 0x0a00_0009,
+        subnet: Some(card::Prefix { address: 0x0a00_0000, length: 24 }),
+        public_ipv4: vec![0xc633_641e],
+        ..card::NatGateway::default()
+    }
+}
+
 async fn launch(control: &mut Control) {
     let volume = card::Volume {
         id: "vol-0123456789abcdef0".into(),
@@ -404,6 +418,8 @@ async fn only_control_is_heard_and_garbage_disturbs_nobody() {
     }
     control.put(put_request::Object::Port(port())).await;
     control.until_phase(Kind::Port, "eni-1", Phase::Ready).await;
+    control.put(put_request::Object::NatGateway(nat_gateway())).await;
+    control.until_phase(Kind::NatGateway, "nat-1", Phase::Ready).await;
 
     let page = |path: &str| {
         let mut stream = TcpStream::connect(rig.metrics).unwrap();
@@ -414,9 +430,25 @@ async fn only_control_is_heard_and_garbage_disturbs_nobody() {
     };
     assert!(page("/healthz").starts_with("HTTP/1.1 200 OK"));
     let metrics = page("/metrics");
-    for line in ["card_objects{kind=\"port\"} 1", "card_host_connected 0", "dataplane_drops_total{reason=", "storage_events_total{event="] {
+    let wanted = [
+        "card_objects{kind=\"nat_gateway\"} 1",
+        "dataplane_nat_gateway{gateway=\"nat-gateway-1\",name=\"ActiveConnectionCount\"} 0",
+        "card_objects{kind=\"port\"} 1",
+        "card_host_connected 0",
+        "dataplane_drops_total{reason=",
+        "storage_events_total{event=",
+    ];
+    for line in wanted {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
     assert!(page("/other").starts_with("HTTP/1.1 404"));
+
+    // A gateway is known again after a restart, and gone when control says so.
+    rig.stop().await;
+    rig.run().await;
+    let mut control = rig.control().await;
+    control.until_phase(Kind::NatGateway, "nat-1", Phase::Ready).await;
+    control.delete(Kind::NatGateway, "nat-1", 2).await;
+    control.until("the gateway is gone", |seen| seen.gone.contains(&(Kind::NatGateway.into(), "nat-1".into(), 2))).await;
     rig.stop().await;
 }

@@ -1,16 +1,16 @@
 //! What a guest sends: the card's own services first, then the flow of the packet.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 
 use super::{Hot, METADATA, Next, PUBLIC_MTU, Pipeline, ROUTER_MAC, Turn};
 use crate::action::{Egress, Origin};
 use crate::counters::DropReason;
-use crate::flow::{Direction, Flow, FlowId, Key, Slot};
+use crate::flow::{Direction, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ethernet, Ipv4, Transport, UDP};
 use crate::icmp::Error;
 use crate::packet::Packet;
-use crate::{anti_spoof, arp, dhcp, icmp, nat, policy, vxlan};
+use crate::{anti_spoof, arp, datagram, dhcp, icmp, nat, policy, resolver, vxlan};
 
 /// What a packet belongs to.
 pub(super) enum Subject {
@@ -19,7 +19,7 @@ pub(super) enum Subject {
     /// A later fragment of a flow's packet.
     Fragment(Key),
     /// An ICMP error about a packet of a tracked flow.
-    Related(Key),
+    Related(Key, Transport),
 }
 
 impl Pipeline {
@@ -54,10 +54,12 @@ impl Pipeline {
                     .find(hash, &key)
                     .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Egress, &transport)));
                 let (id, egress) = match known {
-                    Some(id) => (id, self.egress_of(slot, &hot, id, &ip)?),
+                    Some(id) => (Some(id), self.egress_of(slot, &hot, id, &ip, Some(&transport))?),
                     None => self.open_egress(turn, slot, &hot, key, &ip, &transport)?,
                 };
-                self.flows.observe(id, turn.now, Direction::Egress, &transport);
+                if let Some(id) = id {
+                    self.flows.observe(id, turn.now, Direction::Egress, &transport);
+                }
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Egress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
                 }
@@ -66,9 +68,9 @@ impl Pipeline {
             Subject::Fragment(key) => {
                 let hash = self.flows.hash(&key);
                 let id = self.flows.find(hash, &key).ok_or(DropReason::FragmentUnknown)?;
-                (self.egress_of(slot, &hot, id, &ip)?, hash)
+                (self.egress_of(slot, &hot, id, &ip, None)?, hash)
             }
-            Subject::Related(key) => (self.next_hop(slot, ip.destination)?, self.flows.hash(&key)),
+            Subject::Related(key, transport) => (self.outward(slot, &ip, &transport)?, self.flows.hash(&key)),
         };
         self.forward(turn, slot, &ip, egress, entropy, packet)
     }
@@ -87,7 +89,7 @@ impl Pipeline {
             && icmp::is_error(transport.icmp_type)
             && let Some(key) = self.quoted_flow(slot, direction, ip, payload)
         {
-            return Ok(Subject::Related(key));
+            return Ok(Subject::Related(key, transport));
         }
         Ok(Subject::Whole(Key::new(slot, direction, ip, &transport), transport))
     }
@@ -107,12 +109,15 @@ impl Pipeline {
         (same_ends && self.flows.find(self.flows.hash(&key), &key).is_some()).then_some(key)
     }
 
-    /// The decision of a flow, made again when the port has changed since.
-    fn egress_of(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4) -> Result<Egress, DropReason> {
+    /// The decision of a flow, made again when the port has changed since; not for
+    /// a later fragment, which has no ports to be judged by.
+    fn egress_of(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4, transport: Option<&Transport>) -> Result<Egress, DropReason> {
         match self.flows.get(id) {
             Some(flow) if flow.egress.0 == hot.generation => Ok(flow.egress.1),
             _ => {
-                let egress = self.next_hop(slot, ip.destination)?;
+                let transport = transport.ok_or(DropReason::FragmentUnknown)?;
+                self.review(slot, id, Direction::Egress, ip, transport)?;
+                let egress = self.outward(slot, ip, transport)?;
                 if let Some(flow) = self.flows.get_mut(id) {
                     flow.egress = (hot.generation, egress);
                 }
@@ -121,9 +126,9 @@ impl Pipeline {
         }
     }
 
-    fn next_hop(&self, slot: Slot, destination: Ipv4Addr) -> Result<Egress, DropReason> {
+    fn outward(&self, slot: Slot, ip: &Ipv4, transport: &Transport) -> Result<Egress, DropReason> {
         let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        policy::next_hop(&state.port, slot, destination, &self.locals, self.settings.underlay.address)
+        policy::outward(&state.port, slot, ip, transport, &self.locals, self.settings.underlay.address)
     }
 
     fn open_egress(
@@ -134,13 +139,11 @@ impl Pipeline {
         key: Key,
         ip: &Ipv4,
         transport: &Transport,
-    ) -> Result<(FlowId, Egress), DropReason> {
-        let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        let card = self.settings.underlay.address;
-        let egress = policy::egress(&state.port, slot, ip, transport, &self.locals, card)?;
-        let mut flow = Flow::new(key, Direction::Egress);
+    ) -> Result<(Option<FlowId>, Egress), DropReason> {
+        let mut flow = self.open(slot, key, Direction::Egress, ip, transport)?;
+        let egress = self.outward(slot, ip, transport)?;
         flow.egress = (hot.generation, egress);
-        Ok((self.flows.insert(turn.now, flow)?, egress))
+        Ok((self.remember(turn, flow)?, egress))
     }
 
     /// Rewrites a packet as decided, and says which way it goes.
@@ -164,12 +167,12 @@ impl Pipeline {
                 headers::set_macs(packet.as_mut_slice(), hot.mac, source_mac(routed));
                 Ok(Next::Ingress(to, Origin::Local))
             }
-            Egress::Remote { vtep, mac, routed } => {
+            Egress::Remote { vtep, mac, vni, routed } => {
                 if routed {
                     self.hop(turn, slot, hot, ip, packet)?;
                 }
                 headers::set_macs(packet.as_mut_slice(), mac, source_mac(routed));
-                if !vxlan::push_header(packet, hot.vni) {
+                if !vxlan::push_header(packet, vni) {
                     return Err(DropReason::TooLong);
                 }
                 Ok(Next::Underlay { vtep, entropy })
@@ -181,16 +184,26 @@ impl Pipeline {
                 }
                 self.hop(turn, slot, hot, ip, packet)?;
                 let bytes = packet.as_mut_slice().get_mut(ETHERNET..).unwrap_or_default();
-                nat::source(bytes, ip, address);
-                if let Some(to) = self.locals.by_public.get(&ip.destination) {
-                    return self.enter(*to, packet);
-                }
-                let side = self.settings.public.ok_or(DropReason::NoPublicSide)?;
-                headers::set_macs(packet.as_mut_slice(), ROUTER_MAC, side.mac);
-                let on_link = crate::Prefix::new(side.gateway, side.prefix_length).contains(ip.destination);
-                Ok(Next::Public { hop: if on_link { ip.destination } else { side.gateway }, sender: address })
+                nat::source(bytes, ip, address, None);
+                self.public_out(ip.destination, address, packet)
+            }
+            Egress::Gateway { to } => {
+                self.hop(turn, slot, hot, ip, packet)?;
+                Ok(Next::GatewayOut(to, Origin::Local))
             }
         }
+    }
+
+    /// Sends a packet whose source is translated, to the public side or, by a public
+    /// address of this card, back in.
+    pub(super) fn public_out(&self, destination: Ipv4Addr, sender: Ipv4Addr, packet: &mut Packet) -> Result<Next, DropReason> {
+        if let Some(next) = self.public_enter(destination, packet) {
+            return next;
+        }
+        let side = self.settings.public.ok_or(DropReason::NoPublicSide)?;
+        headers::set_macs(packet.as_mut_slice(), ROUTER_MAC, side.mac);
+        let on_link = crate::Prefix::new(side.gateway, side.prefix_length).contains(destination);
+        Ok(Next::Public { hop: if on_link { destination } else { side.gateway }, sender })
     }
 
     /// Counts one hop, or tells the guest that it was the last.
@@ -219,7 +232,7 @@ impl Pipeline {
         }
     }
 
-    /// What is not forwarded: DHCP, metadata, the router; and the source check of
+    /// What is not forwarded: DHCP, metadata, resolver, the router; and the source check of
     /// all that is. `None` means that the packet is to be forwarded.
     fn guest_services(
         &mut self,
@@ -231,7 +244,7 @@ impl Pipeline {
         packet: &mut Packet,
     ) -> Result<Option<Next>, DropReason> {
         let payload = packet.as_slice().get(ETHERNET + ip.header_len..).unwrap_or_default();
-        let own = ip.source == hot.ipv4;
+        let own = ip.source == hot.ipv4 || self.port(slot).is_some_and(|state| state.port.config.owns(ip.source));
         if ip.protocol == headers::UDP_PROTOCOL
             && (own || ip.source.is_unspecified())
             && (ip.destination.is_broadcast() || ip.destination == hot.router)
@@ -247,6 +260,9 @@ impl Pipeline {
         }
         if ip.total_len > usize::from(hot.mtu) {
             return Err(DropReason::TooLong);
+        }
+        if self.is_resolver(slot, ip.destination) {
+            return self.guest_resolver(turn, slot, hot, ip, packet).map(Some);
         }
         if ip.destination.is_link_local() {
             if ip.destination != METADATA || ip.protocol != headers::TCP {
@@ -291,12 +307,42 @@ impl Pipeline {
         }
     }
 
-    /// Answers for every address of the subnet that somebody has, for the router
-    /// and for the metadata service.
+    fn is_resolver(&self, slot: Slot, address: Ipv4Addr) -> bool {
+        let own = self.port(slot).and_then(|state| state.port.resolver);
+        own.is_some_and(|own| own == address || address == resolver::ADDRESS)
+    }
+
+    fn guest_resolver(&mut self, turn: &mut Turn<'_>, slot: Slot, hot: &Hot, ip: &Ipv4, packet: &Packet) -> Result<Next, DropReason> {
+        let payload = packet.as_slice().get(ETHERNET + ip.header_len..).unwrap_or_default();
+        if ip.protocol != headers::UDP_PROTOCOL || ip.is_fragment() {
+            return Err(DropReason::RouterUnserved);
+        }
+        let transport = headers::transport(ip, payload)?;
+        if transport.destination_port != resolver::PORT {
+            return Err(DropReason::RouterUnserved);
+        }
+        self.allow_service(turn, slot)?;
+        let port = self.port(slot).map(|state| Arc::clone(&state.port)).ok_or(DropReason::UnknownPort)?;
+        let query = payload.get(UDP..).unwrap_or_default();
+        let names = port.site.network.resolver.as_ref();
+        let answer = names.and_then(|names| names.answer(query, &*port)).ok_or(DropReason::ResolverIgnored)?;
+        let ends = (SocketAddrV4::new(ip.destination, resolver::PORT), SocketAddrV4::new(ip.source, transport.source_port));
+        let mut reply = turn.pool.get();
+        if datagram::frame(&mut reply, (ROUTER_MAC, hot.mac), ends, &answer) {
+            self.deliver(turn, slot, reply);
+        } else {
+            turn.pool.put(reply);
+        }
+        Ok(Next::Done)
+    }
+
+    /// Answers for every address of the subnet that somebody has, for the router,
+    /// the resolver and the metadata service.
     fn guest_arp(&mut self, turn: &mut Turn<'_>, slot: Slot, hot: &Hot, packet: &mut Packet) -> Result<Next, DropReason> {
         let message = arp::parse(packet.as_slice().get(ETHERNET..).unwrap_or_default())?;
         let (mac, address) = message.sender;
-        if mac != hot.mac || (address != hot.ipv4 && !address.is_unspecified()) {
+        let owns = |address| self.port(slot).is_some_and(|state| state.port.config.owns(address));
+        if mac != hot.mac || !(owns(address) || address.is_unspecified()) {
             return Err(DropReason::SpoofedArp);
         }
         let target = message.target.1;
@@ -305,10 +351,10 @@ impl Pipeline {
             self.allow_service(turn, slot)?;
             return Ok(Next::Punt(slot));
         }
-        if message.operation != arp::REQUEST || target == hot.ipv4 {
+        if message.operation != arp::REQUEST || owns(target) {
             return Err(DropReason::ArpIgnored);
         }
-        let found = if target == hot.router || target == METADATA {
+        let found = if target == hot.router || target == METADATA || self.is_resolver(slot, target) {
             Some(ROUTER_MAC)
         } else if hot.subnet.contains(target) {
             self.mac_of(slot, hot, target)
@@ -325,7 +371,7 @@ impl Pipeline {
     fn mac_of(&self, slot: Slot, hot: &Hot, address: Ipv4Addr) -> Option<crate::Mac> {
         match self.locals.by_address.get(&(hot.vni, address)) {
             Some(local) => self.port(*local).map(|state| state.hot.mac),
-            None => self.port(slot)?.port.network.endpoint(address).map(|endpoint| endpoint.mac),
+            None => self.port(slot)?.port.site.network.endpoint(address).map(|endpoint| endpoint.mac),
         }
     }
 

@@ -5,6 +5,7 @@ use crate::action::Origin;
 use crate::counters::DropReason;
 use crate::headers::{self, ETHERNET};
 use crate::packet::Packet;
+use crate::policy::Local;
 use crate::{arp, vxlan};
 
 impl Pipeline {
@@ -40,8 +41,13 @@ impl Pipeline {
         if !packet.pull_front(vxlan::VXLAN) || !packet.set_len(ETHERNET + ip.total_len) {
             return Err(DropReason::Truncated);
         }
-        match self.locals.by_address.get(&(vni, ip.destination)) {
-            Some(slot) => Ok(Next::Ingress(*slot, Origin::Vtep(vtep))),
+        // The sender names the receiver by its MAC; by the address a packet through a
+        // port that forwards, or through a NAT gateway, would miss it.
+        let receiver = self.locals.by_mac.get(&(vni, ethernet.destination)).copied();
+        let receiver = receiver.or_else(|| self.locals.by_address.get(&(vni, ip.destination)).copied().map(Local::Port));
+        match receiver {
+            Some(Local::Port(slot)) => Ok(Next::Ingress(slot, Origin::Vtep(vtep))),
+            Some(Local::Gateway(slot)) => Ok(Next::GatewayOut(slot, Origin::Vtep(vtep))),
             None => Err(match self.networks.get(&vni).map(|network| network.endpoint(ip.source)) {
                 None => DropReason::UnknownVni,
                 Some(Some(endpoint)) if endpoint.vtep == vtep => DropReason::UnknownDestination,
@@ -64,10 +70,7 @@ impl Pipeline {
         if !packet.set_len(ETHERNET + ip.total_len) {
             return Err(DropReason::Truncated);
         }
-        match self.locals.by_public.get(&ip.destination) {
-            Some(slot) => self.enter(*slot, packet),
-            None => Err(DropReason::NotForUs),
-        }
+        self.public_enter(ip.destination, packet).unwrap_or(Err(DropReason::NotForUs))
     }
 
     fn underlay_arp(&mut self, turn: &mut Turn<'_>, packet: &mut Packet) -> Result<Next, DropReason> {
@@ -91,7 +94,7 @@ impl Pipeline {
             return Err(DropReason::NoPublicSide);
         };
         let asked = message.target.1;
-        let asks_us = message.operation == arp::REQUEST && self.locals.by_public.contains_key(&asked);
+        let asks_us = message.operation == arp::REQUEST && self.locals.is_public(asked);
         neighbours.learn(turn.now, &message, asks_us, &mut turn.out.public);
         if asks_us {
             let mut answer = turn.pool.get();

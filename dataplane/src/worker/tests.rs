@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::*;
 use crate::io::mem::MemPort;
-use crate::{Dhcp, Mac, Mapping, NetworkConfig, PortConfig, Prefix, Protocol, Remote, Rule, Underlay, Vni, headers};
+use crate::{Mac, Mapping, NetworkConfig, PortConfig, Prefix, Protocol, Remote, Rule, Underlay, Vni, headers};
 
 const WAIT: Duration = Duration::from_secs(5);
 
@@ -20,20 +20,9 @@ fn port(n: u8) -> PortConfig {
     let any = Remote::Prefix(Prefix::new(Ipv4Addr::UNSPECIFIED, 0));
     let all = Rule { protocol: Protocol::Any, ports: None, icmp: (None, None), remote: any };
     PortConfig {
-        id: PortId(n.into()),
-        vni: Vni(7),
-        mac: mac(n),
-        ipv4: Ipv4Addr::new(10, 0, 0, n),
-        subnet: Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 24),
-        vpc_prefixes: Vec::new(),
-        public: None,
-        source_dest_check: true,
-        mtu: 9001,
         ingress: vec![all],
         egress: vec![all],
-        routes: Vec::new(),
-        dhcp: Dhcp::default(),
-        generation: 1,
+        ..PortConfig::new(PortId(n.into()), Vni(7), mac(n), Ipv4Addr::new(10, 0, 0, n), Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 24))
     }
 }
 
@@ -56,9 +45,9 @@ fn to_guest(from: u8, to: u8) -> Vec<u8> {
 /// Two cards on one wire: guests 5 and 6 on the first, 7 on the second.
 fn two_cards() -> (Vec<Dataplane>, Vec<MemPort>) {
     let (left, right) = MemPort::pair().unwrap();
-    let mapping = |n, card| Mapping { ip: Ipv4Addr::new(10, 0, 0, n), mac: mac(n), vtep: Ipv4Addr::new(10, 255, 0, card) };
+    let mapping = |n, card| Mapping::new(Ipv4Addr::new(10, 0, 0, n), mac(n), Ipv4Addr::new(10, 255, 0, card));
     let mappings = vec![mapping(5, 1), mapping(6, 1), mapping(7, 2)];
-    let networks = vec![NetworkConfig { vni: Vni(7), mappings, groups: Default::default() }];
+    let networks = vec![NetworkConfig::new(Vni(7), mappings)];
     let mut guests = Vec::new();
     let cards = [(1, left, vec![port(5), port(6)]), (2, right, vec![port(7)])].map(|(card, wire, ports)| {
         let dataplane = Dataplane::start(settings(card), Some(Box::new(wire)), None).unwrap();
@@ -67,7 +56,7 @@ fn two_cards() -> (Vec<Dataplane>, Vec<MemPort>) {
             dataplane.port_attach(port.id, Box::new(device));
             guests.push(guest);
         }
-        dataplane.apply(Arc::new(Snapshot { ports, networks: networks.clone() }));
+        dataplane.apply(Arc::new(Snapshot { ports, networks: networks.clone(), ..Snapshot::default() }));
         dataplane
     });
     (cards.into(), guests)
@@ -199,7 +188,7 @@ fn a_polled_device_is_served_and_closed_with_the_data_plane() {
     dataplane.port_attach(PortId(5), Box::new(Polled(device, Arc::clone(&closed))));
     let (other, second) = MemPort::pair().unwrap();
     dataplane.port_attach(PortId(6), Box::new(other));
-    dataplane.apply(Arc::new(Snapshot { ports: vec![port(5), port(6)], networks: Vec::new() }));
+    dataplane.apply(Arc::new(Snapshot { ports: vec![port(5), port(6)], ..Snapshot::default() }));
     exchange(&guest, &second, &to_guest(5, 6));
     exchange(&second, &guest, &to_guest(6, 5));
     std::thread::sleep(Duration::from_millis(50));

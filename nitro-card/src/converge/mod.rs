@@ -35,6 +35,7 @@ use dataplane::{PortId, Snapshot};
 use crate::attachment::{Disk, Source};
 use crate::imds::Subjects;
 use crate::instance::BootSource;
+use crate::nat_gateway::NatGateway;
 use crate::network::Network;
 use crate::object::{Id, Key, Kind, Object};
 use crate::port::Port;
@@ -137,6 +138,7 @@ pub struct Summary {
     pub volumes: usize,
     pub volume_bytes: u64,
     pub networks: usize,
+    pub nat_gateways: usize,
     pub converging: usize,
     pub failed: usize,
     pub host_connected: bool,
@@ -150,6 +152,7 @@ pub struct Core {
     disks: BTreeMap<Id, Tracked<Disk, DiskBinding>>,
     volumes: BTreeMap<Id, Tracked<Volume, Spec>>,
     networks: BTreeMap<Id, Network>,
+    nat_gateways: BTreeMap<Id, NatGateway>,
     host: HostView,
     numbers: Numbers,
     published: BTreeMap<Key, Status>,
@@ -189,6 +192,7 @@ impl Core {
             disks: BTreeMap::new(),
             volumes: BTreeMap::new(),
             networks: BTreeMap::new(),
+            nat_gateways: BTreeMap::new(),
             host: HostView::default(),
             numbers: Numbers::default(),
             published: BTreeMap::new(),
@@ -267,6 +271,7 @@ impl Core {
             volumes: self.volumes.len(),
             volume_bytes: self.volumes.values().map(|volume| volume.spec.spec.size_bytes).sum(),
             networks: self.networks.len(),
+            nat_gateways: self.nat_gateways.len(),
             converging: phase(Phase::Converging),
             failed: phase(Phase::Failed),
             host_connected: self.host.is_synced(),
@@ -275,7 +280,7 @@ impl Core {
 
     fn put(&mut self, object: Object) {
         // Rules, groups and routes only matter to the packet path, metadata only to the guest.
-        self.dataplane_changed |= matches!(object, Object::Port(_) | Object::Network(_));
+        self.dataplane_changed |= matches!(object, Object::Port(_) | Object::Network(_) | Object::NatGateway(_));
         self.subjects_changed |= matches!(object, Object::Port(_) | Object::Instance(_) | Object::Disk(_));
         match object {
             Object::Instance(instance) => match self.instances.get_mut(&instance.id) {
@@ -286,11 +291,12 @@ impl Core {
             Object::Disk(disk) => Tracked::put(&mut self.disks, disk.id.clone(), disk),
             Object::Volume(volume) => Tracked::put(&mut self.volumes, volume.id.clone(), volume),
             Object::Network(network) => drop(self.networks.insert(network.id.clone(), network)),
+            Object::NatGateway(gateway) => drop(self.nat_gateways.insert(gateway.id.clone(), gateway)),
         }
     }
 
     fn delete(&mut self, key: Key, generation: u64) {
-        self.dataplane_changed |= matches!(key.kind, Kind::Port | Kind::Network);
+        self.dataplane_changed |= matches!(key.kind, Kind::Port | Kind::Network | Kind::NatGateway);
         self.subjects_changed |= matches!(key.kind, Kind::Port | Kind::Instance | Kind::Disk);
         let deleted = match key.kind {
             Kind::Instance => match self.instances.get_mut(&key.id) {
@@ -300,7 +306,11 @@ impl Core {
             Kind::Port => self.ports.get_mut(&key.id).map(|port| &mut port.deleted),
             Kind::Disk => self.disks.get_mut(&key.id).map(|disk| &mut disk.deleted),
             Kind::Volume => self.volumes.get_mut(&key.id).map(|volume| &mut volume.deleted),
-            Kind::Network | Kind::NatGateway | Kind::Unspecified => {
+            Kind::NatGateway => {
+                self.nat_gateways.remove(&key.id);
+                None
+            }
+            Kind::Network | Kind::Unspecified => {
                 self.networks.remove(&key.id);
                 None
             }
@@ -455,8 +465,10 @@ impl Core {
         self.disks.retain(|id, disk| disk.survives(Key::new(Kind::Disk, id), &mut gone));
         self.volumes.retain(|id, volume| volume.survives(Key::new(Kind::Volume, id), &mut gone));
         for (key, generation) in gone {
-            if key.kind == Kind::Port {
-                self.numbers.port_forget(&key.id);
+            match key.kind {
+                Kind::Port => self.numbers.port_forget(&key.id),
+                Kind::NatGateway => self.numbers.nat_gateway_forget(&key.id),
+                _ => {}
             }
             self.published.remove(&key);
             out.push(Output::Gone { key, generation });

@@ -1,9 +1,10 @@
 //! What the packet path and the metadata service are shown of the desired state.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use dataplane::{GroupId, PortId, Snapshot};
+use dataplane::{AllowanceId, GroupId, NatGatewayId, PortId, Snapshot};
 
 use super::{Core, Guest};
 use crate::imds::Subjects;
@@ -14,35 +15,50 @@ use crate::object::Id;
 /// used twice while the card runs.
 #[derive(Default)]
 pub struct Numbers {
-    ports: BTreeMap<Id, PortId>,
-    ports_given: u32,
-    groups: HashMap<String, GroupId>,
-    groups_given: u32,
+    ports: Series<Id>,
+    nat_gateways: Series<Id>,
+    /// Of instances, which share what their type allows.
+    allowances: Series<Id>,
+    groups: Series<String>,
+}
+
+/// Numbers for one kind of names, from 1.
+struct Series<K> {
+    numbers: BTreeMap<K, u32>,
+    given: u32,
+}
+
+impl<K> Default for Series<K> {
+    fn default() -> Self {
+        Self { numbers: BTreeMap::new(), given: 0 }
+    }
+}
+
+impl<K: Ord> Series<K> {
+    fn number<Q: Ord + ToOwned<Owned = K> + ?Sized>(&mut self, name: &Q) -> u32
+    where
+        K: Borrow<Q>,
+    {
+        if let Some(number) = self.numbers.get(name) {
+            return *number;
+        }
+        self.given = self.given.wrapping_add(1);
+        self.numbers.insert(name.to_owned(), self.given);
+        self.given
+    }
 }
 
 impl Numbers {
     pub fn port(&mut self, id: &Id) -> PortId {
-        if let Some(number) = self.ports.get(id) {
-            return *number;
-        }
-        self.ports_given = self.ports_given.wrapping_add(1);
-        let number = PortId(self.ports_given);
-        self.ports.insert(id.clone(), number);
-        number
+        PortId(self.ports.number(id))
     }
 
     pub fn port_forget(&mut self, id: &Id) {
-        self.ports.remove(id);
+        self.ports.numbers.remove(id);
     }
 
-    fn group(&mut self, name: &str) -> GroupId {
-        if let Some(number) = self.groups.get(name) {
-            return *number;
-        }
-        self.groups_given = self.groups_given.wrapping_add(1);
-        let number = GroupId(self.groups_given);
-        self.groups.insert(name.into(), number);
-        number
+    pub fn nat_gateway_forget(&mut self, id: &Id) {
+        self.nat_gateways.numbers.remove(id);
     }
 }
 
@@ -51,24 +67,26 @@ impl Core {
         let numbers = &mut self.numbers;
         let mut used = HashSet::new();
         let mut snapshot = Snapshot::default();
-        for (id, port) in self.ports.iter().filter(|(_, port)| port.deleted.is_none()) {
-            let number = numbers.port(id);
-            let mut group = |name: &str| {
-                let number = numbers.group(name);
-                used.insert(number);
-                number
-            };
-            snapshot.ports.push(port.spec.config(number, &mut group));
+        let Numbers { groups, allowances, .. } = numbers;
+        let mut group = |name: &str| {
+            let number = groups.number(name);
+            used.insert(number);
+            GroupId(number)
+        };
+        let wanted = || self.ports.iter().filter(|(_, port)| port.deleted.is_none());
+        for (id, port) in wanted() {
+            let allowance = AllowanceId(allowances.number(&port.spec.instance_id));
+            snapshot.ports.push(port.spec.config(PortId(numbers.ports.number(id)), allowance, &mut group));
         }
         for network in self.networks.values() {
-            let mut group = |name: &str| {
-                let number = numbers.group(name);
-                used.insert(number);
-                number
-            };
             snapshot.networks.push(network.config(&mut group));
         }
-        numbers.groups.retain(|_, number| used.contains(number));
+        for (id, gateway) in &self.nat_gateways {
+            snapshot.nat_gateways.push(gateway.config(NatGatewayId(numbers.nat_gateways.number(id))));
+        }
+        groups.numbers.retain(|_, number| used.contains(number));
+        let instances: HashSet<&Id> = wanted().map(|(_, port)| &port.spec.instance_id).collect();
+        allowances.numbers.retain(|id, _| instances.contains(id));
         snapshot
     }
 
@@ -101,6 +119,7 @@ impl Core {
                     mac: port.mac,
                     private_ipv4: port.private_ipv4,
                     public_ipv4: port.public_ipv4,
+                    secondary: port.secondary.clone(),
                     local_hostname: if primary { metadata.local_hostname.clone() } else { name },
                     vpc_id: port.vpc_id.clone(),
                     subnet_id: port.subnet_id.clone(),

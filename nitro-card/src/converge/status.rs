@@ -48,12 +48,16 @@ impl Core {
             let nqn = volume::nqn(id);
             (Key::new(Kind::Volume, id), Status { generation, phase: phase.into(), message, nqn, ..named(Kind::Volume, id) })
         });
-        // The snapshot with the network goes out before its status.
+        // The snapshot with the network, or the gateway, goes out before its status.
         let networks = self.networks.iter().map(|(id, network)| {
             let status = Status { generation: network.generation, phase: Phase::Ready.into(), ..named(Kind::Network, id) };
             (Key::new(Kind::Network, id), status)
         });
-        instances.chain(strangers).chain(ports).chain(disks).chain(volumes).chain(networks).collect()
+        let nat_gateways = self.nat_gateways.iter().map(|(id, gateway)| {
+            let status = Status { generation: gateway.generation, phase: Phase::Ready.into(), ..named(Kind::NatGateway, id) };
+            (Key::new(Kind::NatGateway, id), status)
+        });
+        instances.chain(strangers).chain(ports).chain(disks).chain(volumes).chain(networks).chain(nat_gateways).collect()
     }
 
     /// A port or disk is ready when its server is there and a running machine has it plugged.

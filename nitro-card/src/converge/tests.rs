@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use card_proto::card::{Metadata, Phase, Status};
 use card_proto::host::{Inventory, Machine, MachinePhase, MachineStatus, Synced, to_card::Report, to_host::Command};
-use dataplane::{Dhcp, Mac, PortId, Prefix, Snapshot, Vni};
+use dataplane::{ConnectionTracking, Dhcp, Mac, PortId, Prefix, Snapshot, Vni};
 
 use super::*;
 use crate::instance::Instance;
@@ -46,10 +46,14 @@ pub(crate) fn port(name: &str, instance: &str, generation: u64) -> Port {
         subnet: Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 24),
         vpc_prefixes: Vec::new(),
         public_ipv4: None,
+        secondary: Vec::new(),
         source_dest_check: true,
         mtu: 9001,
         ingress: Vec::new(),
         egress: Vec::new(),
+        acl: None,
+        tracking: ConnectionTracking::default(),
+        limits: None,
         routes: Vec::new(),
         security_group_ids: Vec::new(),
         dhcp: Dhcp::default(),
@@ -737,6 +741,22 @@ fn the_metadata_service_knows_an_instance_by_its_ports() {
     assert_eq!(subject.instance_id, "i-1");
     assert_eq!(subject.interfaces.len(), 1);
     assert_eq!(subject.disks.len(), 1);
+}
+
+#[test]
+fn ports_of_one_instance_share_its_allowance() {
+    let mut world = World::new();
+    let limits = Some(dataplane::Limits { packets_per_s: 1000, ..dataplane::Limits::default() });
+    for (name, instance) in [("eni-1", "i-1"), ("eni-2", "i-1"), ("eni-3", "i-2")] {
+        world.put(Object::Port(Port { limits, ..port(name, instance, 1) }));
+    }
+    let ids: Vec<_> = world.snapshot.ports.iter().map(|port| port.allowance.unwrap().id).collect();
+    assert!(ids[0] == ids[1] && ids[1] != ids[2], "{ids:?}");
+    // Numbers stay while other ports come and go.
+    world.put(Object::Port(Port { limits, ..port("eni-0", "i-3", 1) }));
+    world.delete(Kind::Port, "eni-1", 2);
+    let after: Vec<_> = world.snapshot.ports.iter().map(|port| port.allowance.unwrap().id).collect();
+    assert_eq!((after.len(), &after[1..]), (3, &ids[1..]));
 }
 
 /// Deterministic chance: SplitMix64.

@@ -157,7 +157,7 @@ mod tests {
     use std::time::Duration;
 
     use dataplane::io::mem::MemPort;
-    use dataplane::{Dataplane, Dhcp, Mac, PortConfig, Prefix, Settings, Snapshot, Underlay, Vni};
+    use dataplane::{Dataplane, Mac, PortConfig, Prefix, Settings, Snapshot, Underlay, Vni};
     use smoltcp::iface::{Interface, SocketSet};
     use smoltcp::phy::{ChecksumCapabilities, DeviceCapabilities, Medium, RxToken, TxToken};
     use smoltcp::socket::tcp;
@@ -210,24 +210,9 @@ mod tests {
     fn data_plane() -> (Arc<Dataplane>, MemPort) {
         let underlay = Underlay { address: Ipv4Addr::new(10, 255, 0, 1), prefix_length: 24, mac: Mac([4; 6]), encapsulated: true };
         let dataplane = Arc::new(Dataplane::start(Settings { underlay, public: None, seed: 1 }, None, None).unwrap());
-        let port = PortConfig {
-            id: PortId(1),
-            vni: Vni(7),
-            mac: GUEST_MAC,
-            ipv4: GUEST,
-            subnet: Prefix::new(GUEST, 24),
-            vpc_prefixes: vec![Prefix::new(GUEST, 16)],
-            public: None,
-            source_dest_check: true,
-            mtu: 1500,
-            // Not even a rule of the guest's own groups stands between it and its metadata.
-            ingress: Vec::new(),
-            egress: Vec::new(),
-            routes: Vec::new(),
-            dhcp: Dhcp::default(),
-            generation: 1,
-        };
-        dataplane.apply(Arc::new(Snapshot { ports: vec![port], networks: Vec::new() }));
+        // Not even a rule of the guest's own groups stands between it and its metadata.
+        let port = PortConfig { mtu: 1500, ..PortConfig::new(PortId(1), Vni(7), GUEST_MAC, GUEST, Prefix::new(GUEST, 24)) };
+        dataplane.apply(Arc::new(Snapshot { ports: vec![port], ..Snapshot::default() }));
         let (card, guest) = MemPort::pair().unwrap();
         dataplane.port_attach(PortId(1), Box::new(card));
         (dataplane, guest)

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use card_proto::card::Metadata;
-use dataplane::{Mac, Prefix};
+use dataplane::{Address, Mac, Prefix};
 
 /// Versions that the service answers under, all with the same tree.
 const VERSIONS: [&str; 28] = [
@@ -64,6 +64,7 @@ pub struct Interface {
     pub mac: Mac,
     pub private_ipv4: Ipv4Addr,
     pub public_ipv4: Option<Ipv4Addr>,
+    pub secondary: Vec<Address>,
     pub local_hostname: String,
     pub vpc_id: String,
     pub subnet_id: String,
@@ -216,18 +217,23 @@ impl Subject {
         folder.leaf("device-number", interface.device_index.to_string());
         folder.leaf("interface-id", &interface.id);
         folder.leaf("local-hostname", &interface.local_hostname);
-        folder.leaf("local-ipv4s", interface.private_ipv4.to_string());
+        let first = Address { private: interface.private_ipv4, public: interface.public_ipv4 };
+        let addresses = || std::iter::once(&first).chain(&interface.secondary);
+        folder.leaf("local-ipv4s", lines(addresses().map(|address| address.private)));
         folder.leaf("mac", interface.mac.to_string());
         folder.leaf("network-card", "0");
         folder.leaf("owner-id", &data.account_id);
-        if let Some(public) = interface.public_ipv4 {
-            folder.leaf("public-ipv4s", public.to_string());
+        let associated: Vec<_> = addresses().filter_map(|address| Some((address.public?, address.private))).collect();
+        if !associated.is_empty() {
+            folder.leaf("public-ipv4s", lines(associated.iter().map(|(public, _)| *public)));
             let mut associations = Folder::default();
-            associations.leaf(&public.to_string(), interface.private_ipv4.to_string());
-            folder.folder("ipv4-associations", associations);
-            if interface.device_index == 0 {
-                folder.leaf("public-hostname", &data.public_hostname);
+            for (public, private) in &associated {
+                associations.leaf(&public.to_string(), private.to_string());
             }
+            folder.folder("ipv4-associations", associations);
+        }
+        if interface.public_ipv4.is_some() && interface.device_index == 0 {
+            folder.leaf("public-hostname", &data.public_hostname);
         }
         folder.leaf("security-group-ids", interface.security_group_ids.join("\n"));
         folder.leaf("security-groups", data.security_groups.join("\n"));
@@ -345,6 +351,10 @@ fn cidr(prefix: &Prefix) -> String {
     format!("{}/{}", prefix.nth(0), prefix.length)
 }
 
+fn lines(addresses: impl Iterator<Item = Ipv4Addr>) -> String {
+    addresses.map(|address| address.to_string()).collect::<Vec<_>>().join("\n")
+}
+
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation)]
 pub(crate) mod tests {
@@ -378,6 +388,10 @@ pub(crate) mod tests {
             mac: Mac([2, 0, 0, 0, 0, 1]),
             private_ipv4: Ipv4Addr::new(10, 0, 1, 5),
             public_ipv4: Some(Ipv4Addr::new(198, 51, 100, 20)),
+            secondary: vec![
+                Address { private: Ipv4Addr::new(10, 0, 1, 6), public: Some(Ipv4Addr::new(198, 51, 100, 21)) },
+                Address { private: Ipv4Addr::new(10, 0, 1, 7), public: None },
+            ],
             local_hostname: "ip-10-0-1-5.ec2.internal".into(),
             vpc_id: "vpc-1".into(),
             subnet_id: "subnet-1".into(),
@@ -443,9 +457,10 @@ pub(crate) mod tests {
         let mac = "/latest/meta-data/network/interfaces/macs/02:00:00:00:00:01/";
         for (name, value) in [
             ("device-number", "0"),
-            ("local-ipv4s", "10.0.1.5"),
-            ("public-ipv4s", "198.51.100.20"),
+            ("local-ipv4s", "10.0.1.5\n10.0.1.6\n10.0.1.7"),
+            ("public-ipv4s", "198.51.100.20\n198.51.100.21"),
             ("ipv4-associations/198.51.100.20", "10.0.1.5"),
+            ("ipv4-associations/198.51.100.21", "10.0.1.6"),
             ("subnet-ipv4-cidr-block", "10.0.1.0/24"),
             ("vpc-ipv4-cidr-block", "10.0.0.0/16"),
             ("owner-id", "123456789012"),
@@ -532,6 +547,7 @@ pub(crate) mod tests {
             let mut interface = subject.interfaces.pop().unwrap();
             if has[7] { interface.public_ipv4 = None }
             if has[8] { interface.vpc_prefixes.clear() }
+            if has[9] { interface.secondary.clear() }
             if has[9] { interface.security_group_ids.clear() }
             subject.interfaces = (0..interfaces).map(|index| {
                 let mac = Mac([2, 0, 0, 0, 0, index as u8]);

@@ -21,6 +21,9 @@ fn syn() -> Vec<u8> {
     tcp(end(A, 1234), end(B, 80), flag::SYN, b"")
 }
 
+/// A rule for them makes EC2 track what it lets in.
+const NEIGHBOURS: Remote = Remote::Prefix(Prefix::new(std::net::Ipv4Addr::new(10, 0, 0, 0), 24));
+
 /// Opens A:1234 -> B:80 until it is established.
 fn establish(lab: &mut Lab) {
     lab.send(0, 1, &syn()).only(1, 2);
@@ -124,7 +127,7 @@ fn a_group_rule_follows_membership() {
 #[test]
 fn revoking_closes_for_new_connections_while_tracked_ones_go_on() {
     let mut lab = lab();
-    lab.port(1, 2).ingress = vec![tcp_rule(80, ANY)];
+    lab.port(1, 2).ingress = vec![tcp_rule(80, NEIGHBOURS)];
     lab.apply();
     establish(&mut lab);
     lab.port(1, 2).ingress.clear();
@@ -183,10 +186,117 @@ fn idle_connections_live_as_long_as_their_protocol_says() {
     lab.send(0, 1, &question).only(1, 2);
     lab.wait(Duration::from_secs(32));
     lab.send(1, 2, &answer).nothing();
+    // One question and its answer are no stream.
     lab.send(0, 1, &question).only(1, 2);
     lab.send(1, 2, &answer).only(0, 1);
+    lab.wait(Duration::from_secs(32));
+    lab.send(1, 2, &answer).nothing();
+    lab.send(0, 1, &question).only(1, 2);
+    lab.send(1, 2, &answer).only(0, 1);
+    lab.send(0, 1, &question).only(1, 2);
     lab.wait(Duration::from_secs(178));
     lab.send(1, 2, &answer).only(0, 1);
+    lab.wait(Duration::from_secs(182));
+    lab.send(1, 2, &answer).nothing();
+}
+
+#[test]
+fn a_port_has_idle_limits_of_its_own() {
+    let mut lab = lab();
+    lab.port(1, 2).ingress = vec![tcp_rule(80, ANY), udp_rule(53, ANY)];
+    lab.port(0, 1).tracking = ConnectionTracking { tcp_established_s: 432_000, udp_stream_s: 60, udp_s: 60 };
+    lab.port(1, 2).tracking = ConnectionTracking { tcp_established_s: 60, ..ConnectionTracking::default() };
+    lab.apply();
+    let flows = |lab: &Lab, card: usize| lab.cards[card].pipeline.board().read().flows;
+    establish(&mut lab);
+    let question = udp(end(A, 999), end(B, 53), b"?");
+    lab.send(0, 1, &question).only(1, 2);
+    lab.wait(Duration::from_secs(58));
+    assert_eq!((flows(&lab, 0), flows(&lab, 1)), (2, 1), "of UDP, one waits for 60 s, the other for 30");
+    lab.wait(Duration::from_secs(4));
+    assert_eq!((flows(&lab, 0), flows(&lab, 1)), (1, 0));
+    lab.wait(Duration::from_secs(432_000 - 64));
+    assert_eq!(flows(&lab, 0), 1);
+    // A shorter limit is for those that live already.
+    lab.port(0, 1).tracking.tcp_established_s = 60;
+    lab.apply();
+    lab.wait(Duration::from_secs(2));
+    assert_eq!(flows(&lab, 0), 0);
+}
+
+#[test]
+fn a_rule_for_everybody_cuts_what_it_let_in_when_it_goes() {
+    let mut lab = lab();
+    lab.port(1, 2).ingress = vec![tcp_rule(80, ANY)];
+    lab.apply();
+    establish(&mut lab);
+    let forth = tcp(end(A, 1234), end(B, 80), flag::ACK, b"GET");
+    let back = tcp(end(B, 80), end(A, 1234), flag::ACK, b"200");
+    // Another rule changes nothing for it.
+    lab.port(1, 2).ingress.push(tcp_rule(81, ANY));
+    lab.apply();
+    lab.send(0, 1, &forth).only(1, 2);
+    lab.port(1, 2).ingress.remove(0);
+    lab.apply();
+    lab.send(0, 1, &forth).nothing();
+    assert_eq!(lab.drops(1, DeniedIngress), 1);
+    lab.send(1, 2, &back).only(0, 1);
+    // The answers are let out by their own rule, and die with that.
+    lab.port(1, 2).ingress.insert(0, tcp_rule(80, ANY));
+    lab.port(1, 2).egress.clear();
+    lab.apply();
+    lab.send(1, 2, &back).nothing();
+    assert_eq!(lab.drops(1, DeniedEgress), 1);
+    // The rules that are left track the connection, from its opener's next packet on.
+    lab.send(0, 1, &forth).only(1, 2);
+    lab.send(1, 2, &back).only(0, 1);
+    lab.port(1, 2).ingress.clear();
+    lab.apply();
+    lab.send(0, 1, &forth).only(1, 2);
+}
+
+#[test]
+fn what_a_guest_opens_to_everybody_is_not_tracked_either() {
+    let mut lab = lab();
+    let all = Rule { protocol: Protocol::Any, ports: None, icmp: (None, None), remote: ANY };
+    lab.port(1, 2).ingress = vec![all];
+    lab.port(0, 1).ingress = vec![all];
+    lab.apply();
+    establish(&mut lab);
+    let forth = tcp(end(A, 1234), end(B, 80), flag::ACK, b"GET");
+    let back = tcp(end(B, 80), end(A, 1234), flag::ACK, b"200");
+    lab.port(0, 1).ingress.clear();
+    lab.apply();
+    lab.send(1, 2, &back).nothing();
+    assert_eq!(lab.drops(0, DeniedIngress), 1);
+    lab.port(0, 1).ingress = vec![all];
+    lab.port(0, 1).egress.clear();
+    lab.apply();
+    lab.send(0, 1, &forth).nothing();
+    lab.send(1, 2, &back).only(0, 1);
+    assert_eq!(lab.drops(0, DeniedEgress), 1);
+}
+
+#[test]
+fn pings_and_what_only_some_may_open_are_tracked() {
+    let mut lab = lab();
+    lab.port(1, 2).ingress = vec![icmp_rule(ANY), udp_rule(53, NEIGHBOURS), tcp_rule(80, ANY)];
+    // No rule for all ports: answers need the connection.
+    lab.port(1, 2).egress = vec![Rule { ports: Some((1, 65535)), ..tcp_rule(0, ANY) }];
+    lab.apply();
+    let (ping_in, ping_out) = (ping(end(A, 0), end(B, 0), 8, 5), ping(end(B, 0), end(A, 0), 0, 5));
+    let question = udp(end(A, 999), end(B, 53), b"?");
+    establish(&mut lab);
+    lab.send(0, 1, &ping_in).only(1, 2);
+    lab.send(0, 1, &question).only(1, 2);
+    lab.port(1, 2).ingress.clear();
+    lab.port(1, 2).egress.clear();
+    lab.apply();
+    lab.send(0, 1, &ping_in).only(1, 2);
+    lab.send(1, 2, &ping_out).only(0, 1);
+    lab.send(0, 1, &question).only(1, 2);
+    lab.send(0, 1, &tcp(end(A, 1234), end(B, 80), flag::ACK, b"GET")).only(1, 2);
+    assert_eq!(lab.all_drops(1), 0);
 }
 
 #[test]

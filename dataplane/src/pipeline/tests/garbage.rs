@@ -10,6 +10,8 @@ use crate::*;
 const A: [u8; 4] = [10, 0, 0, 5];
 const B: [u8; 4] = [10, 0, 0, 6];
 const X: [u8; 4] = [198, 51, 100, 16];
+const GATE: [u8; 4] = [10, 0, 9, 9];
+const N: [u8; 4] = [198, 51, 100, 30];
 
 fn lab() -> Lab {
     let mut lab = Lab::new(2);
@@ -18,6 +20,20 @@ fn lab() -> Lab {
     a.ingress = vec![tcp_rule(22, ANY), udp_rule(22, ANY), icmp_rule(ANY)];
     lab.place(0, vec![a]);
     lab.place(1, vec![guest(2, 100, B)]);
+    let gateway = NatGatewayConfig {
+        id: NatGatewayId(1),
+        vni: Vni(100),
+        mac: end(GATE, 0).mac,
+        ipv4: GATE.into(),
+        subnet: Prefix::new([10, 0, 9, 0].into(), 24),
+        vpc_prefixes: vec![Prefix::new([10, 0, 0, 0].into(), 16)],
+        routes: vec![route([0, 0, 0, 0], 0, RouteTarget::InternetGateway)],
+        acl: Some(Acl { ingress: vec![acl_tcp(true, (0, 65535), EVERYWHERE)], egress: vec![acl_tcp(true, (0, 65535), EVERYWHERE)] }),
+        public: vec![N.into()],
+    };
+    lab.place_gateway(0, gateway);
+    let resolver = ResolverConfig { domain: "ec2.internal".into(), public_domain: Some("amazonaws.com".into()) };
+    lab.network(100, |network| network.resolver = Some(resolver.clone()));
     lab
 }
 
@@ -42,11 +58,21 @@ fn valid() -> Vec<(Device, Vec<u8>)> {
         (port, udp(end(A, 5), end(B, 53), b"data")),
         (port, ping(end(A, 0), End { mac: ROUTER_MAC, ip: [10, 0, 0, 1].into(), port: 0 }, 8, 1)),
         (port, udp(end(A, 5), via_router(internet), b"data")),
+        (
+            port,
+            udp(
+                end(A, 5),
+                End { mac: ROUTER_MAC, ip: crate::resolver::ADDRESS, port: 53 },
+                b"ab\x01\0\0\x01\0\0\0\0\0\x01\0\0\x01\0\x01\0\0\x29\0\0\0\0\0\0\0\0",
+            ),
+        ),
         (port, frame(end(A, 0), end(B, 0), 1, (1, 0), error.clone())),
         (port, arp_frame(1, (end(A, 0).mac, A.into()), (Mac([0; 6]), B.into()))),
         (port, udp(End { ip: [0; 4].into(), ..end(A, 68) }, all, &dhcp)),
         (Device::Underlay, encapsulated(vtep(1), 0, 100, &udp(end(B, 5), end(A, 22), b"data"))),
         (Device::Underlay, encapsulated(vtep(1), 0, 100, &frame(end(B, 0), end(A, 0), 1, (1, 0), error.clone()))),
+        (Device::Underlay, encapsulated(vtep(1), 0, 100, &tcp(end(B, 5), End { mac: end(GATE, 0).mac, ..internet }, flag::SYN, b"data"))),
+        (Device::Underlay, encapsulated(vtep(1), 0, 100, &tcp(end(B, 5), End { mac: end(GATE, 0).mac, ..internet }, flag::ACK, b"data"))),
         (Device::Underlay, arp_frame(1, (underlay_mac(1), vtep(1)), (Mac([0; 6]), vtep(0)))),
         (Device::Public, tcp(internet, me, flag::SYN, b"data")),
         (Device::Public, frame(internet, me, 1, (1, 0), error)),

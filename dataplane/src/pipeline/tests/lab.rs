@@ -1,6 +1,5 @@
 //! Cards on one underlay and one public wire, driven by hand.
 
-use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
@@ -79,16 +78,38 @@ impl Lab {
     /// Puts ports on a card and maps them in their network on all cards.
     pub fn place(&mut self, card: u8, ports: Vec<PortConfig>) {
         for port in ports {
-            let mapping = Mapping { ip: port.ipv4, mac: port.mac, vtep: vtep(card) };
+            let mapping = Mapping { forwards: !port.source_dest_check, ..Mapping::new(port.ipv4, port.mac, vtep(card)) };
             for other in &mut self.cards {
                 let networks = &mut other.snapshot.networks;
                 if !networks.iter().any(|network| network.vni == port.vni) {
-                    networks.push(NetworkConfig { vni: port.vni, mappings: Vec::new(), groups: HashMap::new() });
+                    networks.push(NetworkConfig::new(port.vni, Vec::new()));
                 }
                 let network = networks.iter_mut().find(|network| network.vni == port.vni).unwrap();
                 network.mappings.push(mapping);
             }
             self.cards[usize::from(card)].snapshot.ports.push(port);
+        }
+        self.apply();
+    }
+
+    /// Puts a NAT gateway on a card and maps it in its network on all cards.
+    pub fn place_gateway(&mut self, card: u8, gateway: NatGatewayConfig) {
+        for other in &mut self.cards {
+            let networks = &mut other.snapshot.networks;
+            if !networks.iter().any(|network| network.vni == gateway.vni) {
+                networks.push(NetworkConfig::new(gateway.vni, Vec::new()));
+            }
+            let network = networks.iter_mut().find(|network| network.vni == gateway.vni).unwrap();
+            network.mappings.push(Mapping::new(gateway.ipv4, gateway.mac, vtep(card)));
+        }
+        self.cards[usize::from(card)].snapshot.nat_gateways.push(gateway);
+        self.apply();
+    }
+
+    /// Changes a network on every card.
+    pub fn network(&mut self, vni: u32, change: impl Fn(&mut NetworkConfig)) {
+        for card in &mut self.cards {
+            card.snapshot.networks.iter_mut().filter(|network| network.vni == Vni(vni)).for_each(&change);
         }
         self.apply();
     }
@@ -245,22 +266,31 @@ impl Seen {
 pub fn guest(id: u32, vni: u32, ipv4: [u8; 4]) -> PortConfig {
     let [a, b, c, d] = ipv4;
     PortConfig {
-        id: PortId(id),
-        vni: Vni(vni),
-        mac: Mac([2, 0, a, b, c, d]),
-        ipv4: ipv4.into(),
-        subnet: Prefix::new([a, b, c, 0].into(), 24),
         vpc_prefixes: vec![Prefix::new([a, b, 0, 0].into(), 16)],
-        public: None,
-        source_dest_check: true,
         mtu: MTU,
-        ingress: Vec::new(),
         egress: vec![Rule { protocol: Protocol::Any, ports: None, icmp: (None, None), remote: ANY }],
         routes: vec![Route { destination: Prefix::new(Ipv4Addr::UNSPECIFIED, 0), target: RouteTarget::InternetGateway }],
-        dhcp: Dhcp { hostname: "ip-10-0-0-5".into(), domain: "ec2.internal".into(), dns: vec![[10, 0, 0, 2].into()] },
-        generation: 1,
+        dhcp: Dhcp {
+            hostname: "ip-10-0-0-5".into(),
+            domain: "ec2.internal".into(),
+            dns: vec![[10, 0, 0, 2].into()],
+            ntp: vec![[169, 254, 169, 123].into()],
+        },
+        ..PortConfig::new(PortId(id), Vni(vni), Mac([2, 0, a, b, c, d]), ipv4.into(), Prefix::new([a, b, c, 0].into(), 24))
     }
 }
+
+/// Sends what begins with `prefix` to `target`.
+pub fn route(prefix: [u8; 4], length: u8, target: RouteTarget) -> Route {
+    Route { destination: Prefix::new(prefix.into(), length), target }
+}
+
+/// A rule of an ACL for TCP.
+pub fn acl_tcp(allow: bool, ports: (u16, u16), remote: Prefix) -> AclRule {
+    AclRule { allow, protocol: Protocol::Number(6), ports: Some(ports), icmp: (None, None), remote }
+}
+
+pub const EVERYWHERE: Prefix = Prefix::new(Ipv4Addr::UNSPECIFIED, 0);
 
 pub fn tcp_rule(port: u16, remote: Remote) -> Rule {
     Rule { protocol: Protocol::Number(6), ports: Some((port, port)), icmp: (None, None), remote }

@@ -69,6 +69,7 @@ struct Connection {
     local_ended: bool,
     remote_ended: bool,
     stage: Stage,
+    untracked: bool,
     seen: Duration,
 }
 
@@ -124,7 +125,15 @@ impl Model {
         }
         let way = self.way(port, shot.destination);
         let name = name(shot, true);
-        if self.goes_on(now, port.id, name, true, shot.load) {
+        let crosses = !port.subnet.contains(shot.destination);
+        let denied_by_acl = crosses && port.acl.as_ref().is_some_and(|acl| !passes(&acl.egress, shot.destination, shot.load));
+        if self.goes_on(now, port, name, true, shot.load) {
+            if !self.reviewed(port, name, true, shot) {
+                return Err(DeniedEgress);
+            }
+            if denied_by_acl {
+                return Err(DeniedAclEgress);
+            }
             let way = way?;
             self.observe(now, port.id, name, true, shot.load);
             return Ok(way);
@@ -132,20 +141,31 @@ impl Model {
         if !self.allows(&port.egress, shot.destination, shot.load) {
             return Err(DeniedEgress);
         }
+        if denied_by_acl {
+            return Err(DeniedAclEgress);
+        }
         let way = way?;
-        self.open(now, port.id, name, true, shot.load);
+        self.open(now, port, name, true, shot);
         Ok(way)
     }
 
     fn arrives(&mut self, now: Duration, id: PortId, shot: Shot) -> Fate {
         let port = self.port(id).clone();
         let name = name(shot, false);
-        if self.goes_on(now, id, name, false, shot.load) {
+        let dies = |reason| Fate { dropped: Some(reason), ..Fate::default() };
+        let crosses = !port.subnet.contains(shot.source);
+        if crosses && port.acl.as_ref().is_some_and(|acl| !passes(&acl.ingress, shot.source, shot.load)) {
+            return dies(DeniedAclIngress);
+        }
+        if self.goes_on(now, &port, name, false, shot.load) {
+            if !self.reviewed(&port, name, false, shot) {
+                return dies(DeniedIngress);
+            }
             self.observe(now, id, name, false, shot.load);
         } else if self.allows(&port.ingress, shot.source, shot.load) {
-            self.open(now, id, name, false, shot.load);
+            self.open(now, &port, name, false, shot);
         } else {
-            return Fate { dropped: Some(DeniedIngress), ..Fate::default() };
+            return dies(DeniedIngress);
         }
         Fate { received: Some((id.0, shot.source, shot.destination)), ..Fate::default() }
     }
@@ -160,6 +180,7 @@ impl Model {
             None => Err(NoRoute),
             Some(RouteTarget::Blackhole) => Err(Blackhole),
             Some(RouteTarget::InternetGateway) => port.public.map(Way::Public).ok_or(NoPublicAddress),
+            Some(target) => unreachable!("no {target:?} is ever rolled"),
         }
     }
 
@@ -183,27 +204,63 @@ impl Model {
         })
     }
 
+    /// Whether a packet of a connection that its port knows still passes the groups,
+    /// which are asked again only where the connection is not tracked.
+    fn reviewed(&mut self, port: &PortConfig, name: Name, from_local: bool, shot: Shot) -> bool {
+        let Some(from_opener) = self.connections.get(&(port.id, name)).filter(|c| c.untracked).map(|c| c.from_local == from_local) else {
+            return true;
+        };
+        let (rules, remote) = if from_local { (&port.egress, shot.destination) } else { (&port.ingress, shot.source) };
+        if !self.allows(rules, remote, shot.load) {
+            return false;
+        }
+        let opening = if from_opener { shot } else { answered_by(shot) };
+        let opener_is_local = from_local == from_opener;
+        let (there, remote) = if opener_is_local { (&port.egress, opening.destination) } else { (&port.ingress, opening.source) };
+        let still_opens = self.allows(there, remote, opening.load);
+        let untracked = is_untracked(port, opener_is_local, opening.load);
+        if still_opens && !untracked {
+            self.connections.get_mut(&(port.id, name)).unwrap().untracked = false;
+        }
+        true
+    }
+
     /// Whether a packet belongs to a connection that its port knows.
-    fn goes_on(&mut self, now: Duration, id: PortId, name: Name, from_local: bool, load: Load) -> bool {
-        let Some(connection) = self.connections.get(&(id, name)) else { return false };
-        if now - connection.seen >= idle_limit(name.0, connection.stage) {
-            self.connections.remove(&(id, name));
+    fn goes_on(&mut self, now: Duration, port: &PortConfig, name: Name, from_local: bool, load: Load) -> bool {
+        let Some(connection) = self.connections.get(&(port.id, name)) else { return false };
+        if now - connection.seen >= idle_limit(name.0, connection.stage, &port.tracking) {
+            self.connections.remove(&(port.id, name));
             return false;
         }
         let opening = matches!(load, Load::Tcp { flags, .. } if flags & (SYN | ACK | RST | FIN) == SYN);
         !opening || (connection.stage == Stage::New && connection.from_local != from_local)
     }
 
-    fn open(&mut self, now: Duration, id: PortId, name: Name, from_local: bool, load: Load) {
-        let connection = Connection { from_local, answered: false, local_ended: false, remote_ended: false, stage: Stage::New, seen: now };
-        self.connections.insert((id, name), connection);
-        self.observe(now, id, name, from_local, load);
+    fn open(&mut self, now: Duration, port: &PortConfig, name: Name, from_local: bool, shot: Shot) {
+        let connection = Connection {
+            from_local,
+            answered: false,
+            local_ended: false,
+            remote_ended: false,
+            stage: Stage::New,
+            untracked: is_untracked(port, from_local, shot.load),
+            seen: now,
+        };
+        self.connections.insert((port.id, name), connection);
+        self.observe(now, port.id, name, from_local, shot.load);
     }
 
     fn observe(&mut self, now: Duration, id: PortId, name: Name, from_local: bool, load: Load) {
         let connection = self.connections.get_mut(&(id, name)).unwrap();
         connection.seen = now;
+        let was_answered = connection.answered;
         connection.answered |= from_local != connection.from_local;
+        if let Load::Udp { .. } = load {
+            if was_answered {
+                connection.stage = Stage::Established;
+            }
+            return;
+        }
         let Load::Tcp { flags, .. } = load else {
             if connection.answered {
                 connection.stage = Stage::Established;
@@ -248,13 +305,51 @@ fn name(shot: Shot, from_local: bool) -> Name {
     (protocol(shot.load), local, remote, a, b)
 }
 
-fn idle_limit(protocol: u8, stage: Stage) -> Duration {
-    Duration::from_secs(match (protocol, stage) {
-        (6, Stage::Established) => 350,
+fn idle_limit(protocol: u8, stage: Stage, tracking: &ConnectionTracking) -> Duration {
+    let seconds = match (protocol, stage) {
+        (6, Stage::Established) => tracking.tcp_established_s,
         (6, Stage::Closing) => 10,
-        (17, Stage::Established) => 180,
+        (17, Stage::Established) => tracking.udp_stream_s,
+        (17, _) => tracking.udp_s,
         _ => 30,
-    })
+    };
+    Duration::from_secs(seconds.into())
+}
+
+/// The packet that this one answers.
+fn answered_by(shot: Shot) -> Shot {
+    let load = match shot.load {
+        Load::Tcp { from, to, flags } => Load::Tcp { from: to, to: from, flags },
+        Load::Udp { from, to } => Load::Udp { from: to, to: from },
+        Load::Echo { id, reply } => Load::Echo { id, reply: !reply },
+    };
+    Shot { source: shot.destination, destination: shot.source, load }
+}
+
+fn is_untracked(port: &PortConfig, opened_by_local: bool, load: Load) -> bool {
+    let (there, back) = if opened_by_local { (&port.egress, &port.ingress) } else { (&port.ingress, &port.egress) };
+    let to = match load {
+        Load::Echo { .. } => return false,
+        Load::Tcp { to, .. } | Load::Udp { to, .. } => to,
+    };
+    let anybody = |rule: &&Rule| matches!(rule.remote, Remote::Prefix(prefix) if prefix.length == 0);
+    let mine = |rule: &Rule| rule.protocol == Protocol::Any || rule.protocol == Protocol::Number(protocol(load));
+    let ports = |rule: &Rule| if rule.protocol == Protocol::Any { None } else { rule.ports };
+    let opens = |rule: &Rule| mine(rule) && ports(rule).is_none_or(|(first, last)| first <= to && to <= last);
+    there.iter().filter(anybody).any(opens) && back.iter().filter(anybody).any(|rule| mine(rule) && ports(rule).is_none())
+}
+
+/// What a network ACL says of a packet that crosses its border.
+fn passes(rules: &[AclRule], remote: Ipv4Addr, load: Load) -> bool {
+    let matches = |rule: &&AclRule| {
+        let protocol = rule.protocol == Protocol::Any || rule.protocol == Protocol::Number(protocol(load));
+        let port = match load {
+            Load::Tcp { to, .. } | Load::Udp { to, .. } => rule.ports.is_none_or(|(first, last)| first <= to && to <= last),
+            Load::Echo { .. } => true,
+        };
+        protocol && port && rule.remote.contains(remote)
+    };
+    rules.iter().find(matches).is_some_and(|rule| rule.allow)
 }
 
 /// Ports are spread over the cards by their numbers.
@@ -267,6 +362,9 @@ fn ports(dice: &mut Dice) -> Vec<PortConfig> {
     let place = |id: u32| {
         let (vni, subnet, host) = (100 + id / 5, (id % 2) as u8, 10 + (id % 5) as u8);
         let mut port = guest(id, vni, [10, 0, subnet, host]);
+        if id.is_multiple_of(4) {
+            port.tracking = ConnectionTracking { tcp_established_s: 60, udp_stream_s: 60, udp_s: 60 };
+        }
         port.public = (id % 3 != 1).then(|| Ipv4Addr::new(198, 51, 100, 20 + id as u8));
         port
     };
@@ -281,6 +379,7 @@ fn ports(dice: &mut Dice) -> Vec<PortConfig> {
 fn reconfigure(dice: &mut Dice, port: &mut PortConfig) {
     port.ingress = rules(dice);
     port.egress = rules(dice);
+    port.acl = (dice.roll(3) == 0).then(|| Acl { ingress: acl_rules(dice), egress: acl_rules(dice) });
     let everywhere = Prefix::new(Ipv4Addr::UNSPECIFIED, 0);
     port.routes = match dice.roll(6) {
         0 => Vec::new(),
@@ -310,6 +409,22 @@ fn rules(dice: &mut Dice) -> Vec<Rule> {
         }
     };
     (0..dice.roll(4)).map(|_| rule(dice)).collect()
+}
+
+fn acl_rules(dice: &mut Dice) -> Vec<AclRule> {
+    let rule = |dice: &mut Dice| AclRule {
+        allow: dice.roll(3) > 0,
+        protocol: dice.pick(&[Protocol::Any, Protocol::Number(6), Protocol::Number(17)]),
+        ports: None,
+        icmp: (None, None),
+        remote: dice.pick(&[EVERYWHERE, EVERYWHERE, Prefix::new(FAR[0], 32), Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 24)]),
+    };
+    let with_ports = |dice: &mut Dice| {
+        let rule = rule(dice);
+        let ports = dice.pick(&[None, Some((0, 100)), Some((443, 1000))]);
+        AclRule { ports: if rule.protocol == Protocol::Any { None } else { ports }, ..rule }
+    };
+    (0..dice.roll(4)).map(|_| with_ports(dice)).collect()
 }
 
 /// Something that somebody may send, out of few enough things for connections to
@@ -446,6 +561,8 @@ fn the_packet_path_agrees_with_the_model() {
         None,
         Some(DeniedEgress),
         Some(DeniedIngress),
+        Some(DeniedAclEgress),
+        Some(DeniedAclIngress),
         Some(NoMapping),
         Some(NoRoute),
         Some(Blackhole),

@@ -46,6 +46,71 @@ fn arp_is_answered_for_everybody_in_the_subnet_and_the_router() {
     assert_eq!(lab.drops(0, ArpIgnored), 3);
 }
 
+fn dns(name: &[&str]) -> Vec<u8> {
+    let mut bytes = vec![0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name {
+        bytes.push(label.len() as u8);
+        bytes.extend(label.as_bytes());
+    }
+    bytes.extend([0, 0, 1, 0, 1]);
+    bytes
+}
+
+fn with_resolver() -> Lab {
+    let mut lab = lab();
+    let config = ResolverConfig { domain: "ec2.internal".into(), public_domain: None };
+    lab.network(100, |network| network.resolver = Some(config.clone()));
+    // Neither groups nor ACLs stand between a guest and its resolver.
+    lab.port(0, 1).egress.clear();
+    lab.port(0, 1).acl = Some(Acl::default());
+    lab.apply();
+    lab
+}
+
+#[test]
+fn the_resolver_answers_at_both_addresses() {
+    let mut lab = with_resolver();
+    for address in [[10, 0, 0, 2], [169, 254, 169, 253]] {
+        let server = End { mac: ROUTER_MAC, ip: address.into(), port: 53 };
+        let question = arp_frame(1, (end(A, 0).mac, A.into()), (Mac([0; 6]), server.ip));
+        let answer = crate::arp::parse(&lab.send(0, 1, &question).only(0, 1)[14..]).unwrap();
+        assert_eq!(answer.sender, (ROUTER_MAC, server.ip));
+        let seen = lab.send(0, 1, &udp(end(A, 4000), server, &dns(&["ip-10-0-1-9", "ec2", "internal"])));
+        let (ethernet, ip, transport) = parse(seen.only(0, 1));
+        assert_eq!((ethernet.source, ip.source, ip.destination), (ROUTER_MAC, server.ip, A.into()));
+        assert_eq!((transport.source_port, transport.destination_port), (53, 4000));
+        assert!(seen.only(0, 1).ends_with(&[10, 0, 1, 9]), "on another card, in another subnet");
+        let seen = lab.send(0, 1, &udp(end(A, 4000), server, &dns(&["ip-10-0-1-10", "ec2", "internal"])));
+        assert_eq!(seen.only(0, 1)[42 + 3], 0x83);
+        lab.send(0, 1, &tcp(end(A, 4000), server, flag::SYN, b"")).nothing();
+        lab.send(0, 1, &udp(end(A, 4000), End { port: 54, ..server }, &dns(&["x"]))).nothing();
+        lab.send(0, 1, &udp(end(A, 4000), server, b"short")).nothing();
+    }
+    assert_eq!((lab.drops(0, RouterUnserved), lab.drops(0, ResolverIgnored)), (4, 2));
+}
+
+#[test]
+fn a_vpc_without_a_resolver_has_none_there() {
+    let mut lab = lab();
+    let link_local = End { mac: ROUTER_MAC, ip: [169, 254, 169, 253].into(), port: 53 };
+    lab.send(0, 1, &udp(end(A, 4000), link_local, &dns(&["x"]))).nothing();
+    assert_eq!(lab.drops(0, LinkLocal), 1);
+    lab.send(0, 1, &udp(end(A, 4000), End { ip: [10, 0, 0, 2].into(), ..link_local }, &dns(&["x"]))).nothing();
+    assert_eq!(lab.drops(0, NoMapping), 1);
+}
+
+#[test]
+fn the_resolver_shares_the_allowance_of_the_services() {
+    let mut lab = with_resolver();
+    let server = End { mac: ROUTER_MAC, ip: [169, 254, 169, 253].into(), port: 53 };
+    for _ in 0..1030 {
+        lab.send(0, 1, &udp(end(A, 4000), server, &dns(&["ec2", "internal"])));
+    }
+    assert_eq!(lab.drops(0, LinkLocalAllowance), 6);
+    let metadata = End { mac: ROUTER_MAC, ip: METADATA, port: 80 };
+    assert!(lab.send(0, 1, &tcp(end(A, 1), metadata, flag::SYN, b"")).punted.is_empty());
+}
+
 #[test]
 fn the_router_answers_a_ping_and_nothing_else() {
     let mut lab = lab();
