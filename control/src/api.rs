@@ -11,6 +11,7 @@
 //! EC2 and STS share one endpoint and are told apart by the service that the signature names and by `Version`. The table of
 //! actions stands at the end of this file; what is not in it answers `InvalidAction`.
 
+use std::cell::RefCell;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -153,11 +154,7 @@ pub(crate) struct RequestId(String);
 
 impl RequestId {
     pub(crate) fn new() -> Self {
-        let mut bytes = [0; 16];
-        if getrandom::fill(&mut bytes).is_err() {
-            // The id only serves to find a request again; a fixed one does less of that and no harm.
-            bytes = [0; 16];
-        }
+        let mut bytes = random();
         let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
         *version = *version & 0x0f | 0x40;
         *variant = *variant & 0x3f | 0x80;
@@ -171,6 +168,25 @@ impl RequestId {
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// Random bytes for an id. The system is asked once for many of them, as each time costs as much as all else about an id.
+fn random() -> [u8; 16] {
+    const IDS: usize = 64;
+    thread_local! {
+        static LEFT: RefCell<Vec<[u8; 16]>> = const { RefCell::new(Vec::new()) };
+    }
+    LEFT.with_borrow_mut(|left| {
+        if left.is_empty() {
+            let mut bytes = [0; 16 * IDS];
+            if getrandom::fill(&mut bytes).is_err() {
+                // The id only serves to find a request again; a fixed one does less of that and no harm.
+                bytes = [0; 16 * IDS];
+            }
+            left.extend(bytes.as_chunks().0);
+        }
+        left.pop().unwrap_or_default()
+    })
 }
 
 pub(crate) fn response(status: u16, content_type: &'static str, id: &RequestId, body: String) -> Response {
