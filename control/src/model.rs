@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::shape::Timestamp;
@@ -160,6 +160,17 @@ pub struct RouteTable {
     /// Without the local routes: those follow from the VPC's blocks.
     pub routes: Vec<Route>,
     pub associations: Vec<RouteTableAssociation>,
+    /// Routes for all blocks of a prefix list.
+    #[serde(default)]
+    pub prefix_list_routes: Vec<PrefixListRoute>,
+}
+
+/// One route for all blocks of a prefix list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixListRoute {
+    pub prefix_list_id: String,
+    pub target: RouteTarget,
 }
 
 /// One route that a tenant made.
@@ -222,6 +233,17 @@ pub enum RuleRemote {
     Ipv4(Ipv4Net),
     Ipv6(Ipv6Net),
     Group { account_id: String, group_id: String },
+    PrefixList(String),
+}
+
+impl RuleRemote {
+    /// The prefix list, if it is one.
+    pub fn prefix_list(&self) -> Option<&str> {
+        match self {
+            Self::PrefixList(id) => Some(id),
+            _ => None,
+        }
+    }
 }
 
 /// A stateless, ordered filter of a subnet.
@@ -276,6 +298,27 @@ pub struct NetworkInterface {
     /// Whether a start takes a public address again.
     pub associate_public_ip: bool,
     pub created: Time,
+    /// Further addresses in the subnet, in the order in which they came.
+    #[serde(default)]
+    pub secondary_ips: Vec<Ipv4Addr>,
+    #[serde(default)]
+    pub connection_tracking: ConnectionTracking,
+}
+
+impl NetworkInterface {
+    /// All private addresses, the primary one first.
+    pub fn private_ips(&self) -> impl Iterator<Item = Ipv4Addr> {
+        std::iter::once(self.private_ip).chain(self.secondary_ips.iter().copied())
+    }
+}
+
+/// After how many seconds an idle connection is forgotten; none stands for EC2's default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ConnectionTracking {
+    pub tcp_established_s: Option<u32>, // 60..=432000
+    pub udp_stream_s: Option<u32>,      // 60..=180
+    pub udp_s: Option<u32>,             // 30..=60
 }
 
 /// Which instance an interface belongs to.
@@ -287,6 +330,13 @@ pub struct NetworkInterfaceAttachment {
     pub device_index: u32,
     pub attach_time: Time,
     pub delete_on_termination: bool,
+    #[serde(default = "attached")]
+    pub state: AttachmentState,
+}
+
+/// Attachments of interfaces had no state once.
+fn attached() -> AttachmentState {
+    AttachmentState::Attached
 }
 
 /// An Elastic IP.
@@ -581,6 +631,13 @@ pub struct DhcpOptions {
     pub account_id: String,
     pub id: String, // dopt-...
     pub configurations: BTreeMap<String, Vec<String>>,
+    /// Whether new VPCs get it; once every set was such a one.
+    #[serde(default = "yes")]
+    pub is_default: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A card as it last introduced itself, under [`REGION`].
@@ -654,6 +711,88 @@ pub struct Event {
     pub detail: BTreeMap<String, String>,
 }
 
+/// The two kinds of IP addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum AddressFamily {
+    Ipv4,
+    Ipv6,
+}
+
+impl AddressFamily {
+    /// EC2's name of the family.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        }
+    }
+}
+
+/// What became of the last change of a prefix list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum PrefixListState {
+    CreateComplete,
+    ModifyComplete,
+    ModifyFailed,
+    RestoreComplete,
+}
+
+impl PrefixListState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CreateComplete => "create-complete",
+            Self::ModifyComplete => "modify-complete",
+            Self::ModifyFailed => "modify-failed",
+            Self::RestoreComplete => "restore-complete",
+        }
+    }
+}
+
+/// A managed prefix list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixList {
+    pub account_id: String,
+    pub id: String, // pl-...
+    pub name: String,
+    pub family: AddressFamily,
+    pub max_entries: u32, // 1..=1000
+    pub state: PrefixListState,
+    pub state_message: Option<String>,
+    /// 1 and up.
+    pub version: u64,
+    /// Of this version, sorted by block.
+    pub entries: Vec<PrefixListEntry>,
+}
+
+/// What a prefix list was before it was changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixListVersion {
+    pub account_id: String,
+    pub prefix_list_id: String,
+    pub version: u64,
+    pub entries: Vec<PrefixListEntry>,
+}
+
+impl PrefixListVersion {
+    /// The row id of a version: `list/version`.
+    pub fn row_id(prefix_list_id: &str, version: u64) -> String {
+        format!("{prefix_list_id}/{version}")
+    }
+}
+
+/// One block of a prefix list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixListEntry {
+    pub cidr: IpNet,
+    pub description: String,
+}
+
 /// Binds a row type to its table, its name in the store, its key and its indexes.
 macro_rules! tables {
     ($($row:ident, $table:ident, $name:literal, |$this:ident| $account:expr, $id:expr,
@@ -700,11 +839,11 @@ tables! {
     Vpc, vpcs, "vpc", |row| &row.account_id, &row.id, ["id" => [&row.id]];
     Subnet, subnets, "subnet", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
     InternetGateway, internet_gateways, "internet_gateway", |row| &row.account_id, &row.id, ["vpc" => &row.vpc_id];
-    RouteTable, route_tables, "route_table", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "subnet" => row.associations.iter().filter_map(|a| a.subnet_id.as_ref())];
-    SecurityGroup, security_groups, "security_group", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
+    RouteTable, route_tables, "route_table", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "prefix_list" => row.prefix_list_routes.iter().map(|r| &r.prefix_list_id), "subnet" => row.associations.iter().filter_map(|a| a.subnet_id.as_ref())];
+    SecurityGroup, security_groups, "security_group", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "prefix_list" => row.rules.iter().filter_map(|r| r.remote.prefix_list())];
     NetworkAcl, network_acls, "network_acl", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
     NetworkInterface, network_interfaces, "network_interface", |row| &row.account_id, &row.id,
-        ["id" => [&row.id], "vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "instance" => row.attachment.as_ref().map(|a| &a.instance_id), "group" => &row.security_group_ids];
+        ["id" => [&row.id], "vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "instance" => row.attachment.as_ref().map(|a| &a.instance_id), "attachment" => row.attachment.as_ref().map(|a| &a.id), "group" => &row.security_group_ids];
     Address, addresses, "address", |row| &row.account_id, &row.id, ["interface" => row.association.as_ref().map(|a| &a.network_interface_id), "ip" => [row.public_ip]];
     PublicIp, public_ips, "public_ip", |row| REGION, row.ip.to_string(), [];
     KeyPair, key_pairs, "key_pair", |row| &row.account_id, &row.id, ["name" => [&row.name]];
@@ -722,6 +861,9 @@ tables! {
     Counter, counters, "counter", |row| REGION, &row.name, [];
     CardObject, card_objects, "card_object", |row| REGION, CardObject::row_id(&row.card_id, row.kind, &row.id), ["card" => [&row.card_id], "object" => [&row.id]];
     Event, events, "event", |row| REGION, Event::row_id(row.sequence), ["resource" => [&row.resource_id]];
+    PrefixList, prefix_lists, "prefix_list", |row| &row.account_id, &row.id, [];
+    PrefixListVersion, prefix_list_versions, "prefix_list_version", |row| &row.account_id, PrefixListVersion::row_id(&row.prefix_list_id, row.version),
+        ["list" => [&row.prefix_list_id]];
 }
 
 impl Event {

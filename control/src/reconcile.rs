@@ -35,7 +35,7 @@ use crate::model::{
     AttachmentState, Card, CardObject, ClientToken, Counter, Instance, InstanceState, KeyPair, NetworkAcl, NetworkInterface, ObjectKind,
     REGION, Tags, Time, Volume, VolumeState,
 };
-use crate::resource::{client_token, instance, tag, volume};
+use crate::resource::{client_token, instance, network_interface, tag, volume};
 use crate::world::{DirtyRow, Row as _, Sequence, StoreGone, Tx, World};
 
 const GENERATION: &str = "generation";
@@ -310,7 +310,8 @@ impl Core {
             }
         }
         for row in tx.find_all::<Instance>("card", card_id) {
-            if digest_disks(tx, view, card_id, &row) | digest_instance(tx, view, now, card_id, &row) {
+            if digest_ports(tx, view, card_id, &row) | digest_disks(tx, view, card_id, &row) | digest_instance(tx, view, now, card_id, &row)
+            {
                 changed.insert(row.account_id.clone());
             }
         }
@@ -514,6 +515,23 @@ fn digest_disks(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Instance) -> 
             AttachmentState::Detaching if !holds(tx, card_id, ObjectKind::Disk, id) => tx.update::<Volume>(account, id, volume::release),
             _ => false,
         };
+    }
+    changed
+}
+
+/// Moves the interfaces of an instance by what its card says about the ports; says whether a row changed.
+fn digest_ports(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Instance) -> bool {
+    let mut changed = false;
+    for interface in instance::interfaces(tx, &row.account_id, &row.id) {
+        let (account, id) = (interface.account_id.as_str(), interface.id.as_str());
+        match interface.attachment.as_ref().map(|attachment| attachment.state) {
+            Some(AttachmentState::Attaching) if view.phase(tx, card_id, ObjectKind::Port, id) == Some(card::Phase::Ready) => {
+                network_interface::attached(tx, account, id);
+            }
+            Some(AttachmentState::Detaching) if !holds(tx, card_id, ObjectKind::Port, id) => network_interface::release(tx, account, id),
+            _ => continue,
+        }
+        changed = true;
     }
     changed
 }

@@ -14,6 +14,11 @@ answer! { AccountAttributeValue {
     attribute_value: Option<String>, "attributeValue";
 }}
 
+request! { AddPrefixListEntry {
+    cidr: Option<String>, "Cidr" [required];
+    description: Option<String>, "Description";
+}}
+
 answer! { Address {
     allocation_id: Option<String>, "allocationId";
     association_id: Option<String>, "associationId";
@@ -55,6 +60,25 @@ answer! { AllocateAddressResult {
     public_ipv4_pool: Option<String>, "publicIpv4Pool";
 }}
 
+request! { AssignPrivateIpAddressesRequest {
+    allow_reassignment: Option<bool>, "AllowReassignment";
+    ipv4_prefix_count: Option<i32>, "Ipv4PrefixCount";
+    ipv4_prefixes: Vec<String>, "Ipv4Prefix";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    private_ip_addresses: Vec<String>, "PrivateIpAddress";
+    secondary_private_ip_address_count: Option<i32>, "SecondaryPrivateIpAddressCount";
+}}
+
+answer! { AssignPrivateIpAddressesResult {
+    assigned_ipv4_prefixes: Vec<Ipv4PrefixSpecification>, "assignedIpv4PrefixSet";
+    assigned_private_ip_addresses: Vec<AssignedPrivateIpAddress>, "assignedPrivateIpAddressesSet";
+    network_interface_id: Option<String>, "networkInterfaceId";
+}}
+
+answer! { AssignedPrivateIpAddress {
+    private_ip_address: Option<String>, "privateIpAddress";
+}}
+
 request! { AssociateAddressRequest {
     allocation_id: Option<String>, "AllocationId";
     allow_reassociation: Option<bool>, "AllowReassociation";
@@ -67,6 +91,12 @@ request! { AssociateAddressRequest {
 
 answer! { AssociateAddressResult {
     association_id: Option<String>, "associationId";
+}}
+
+request! { AssociateDhcpOptionsRequest {
+    dhcp_options_id: Option<String>, "DhcpOptionsId" [required];
+    dry_run: Option<bool>, "DryRun";
+    vpc_id: Option<String>, "VpcId" [required];
 }}
 
 request! { AssociateRouteTableRequest {
@@ -86,6 +116,21 @@ request! { AttachInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     internet_gateway_id: Option<String>, "InternetGatewayId" [required];
     vpc_id: Option<String>, "VpcId" [required];
+}}
+
+request! { AttachNetworkInterfaceRequest {
+    device_index: Option<i32>, "DeviceIndex" [required];
+    dry_run: Option<bool>, "DryRun";
+    ena_queue_count: Option<i32>, "EnaQueueCount";
+    ena_srd_specification: Option<EnaSrdSpecification>, "EnaSrdSpecification";
+    instance_id: Option<String>, "InstanceId" [required];
+    network_card_index: Option<i32>, "NetworkCardIndex";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+}}
+
+answer! { AttachNetworkInterfaceResult {
+    attachment_id: Option<String>, "attachmentId";
+    network_card_index: Option<i32>, "networkCardIndex";
 }}
 
 request! { AttachVolumeRequest {
@@ -246,6 +291,16 @@ request! { CpuOptionsRequest {
     threads_per_core: Option<i32>, "ThreadsPerCore";
 }}
 
+request! { CreateDhcpOptionsRequest {
+    dhcp_configurations: Vec<NewDhcpConfiguration>, "DhcpConfiguration" [required];
+    dry_run: Option<bool>, "DryRun";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+answer! { CreateDhcpOptionsResult {
+    dhcp_options: Option<DhcpOptions>, "dhcpOptions";
+}}
+
 request! { CreateInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     tag_specifications: Vec<TagSpecification>, "TagSpecification";
@@ -261,6 +316,47 @@ request! { CreateKeyPairRequest {
     key_name: Option<String>, "KeyName" [required];
     key_type: Option<String>, "KeyType" [one_of KEY_TYPE];
     tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+request! { CreateManagedPrefixListRequest {
+    address_family: Option<String>, "AddressFamily" [required];
+    client_token: Option<String>, "ClientToken";
+    dry_run: Option<bool>, "DryRun";
+    entries: Vec<AddPrefixListEntry>, "Entry";
+    max_entries: Option<i32>, "MaxEntries" [required];
+    prefix_list_name: Option<String>, "PrefixListName" [required];
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+answer! { CreateManagedPrefixListResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { CreateNetworkInterfaceRequest {
+    client_token: Option<String>, "ClientToken";
+    connection_tracking_specification: Option<ConnectionTrackingSpecificationRequest>, "ConnectionTrackingSpecification";
+    description: Option<String>, "Description";
+    dry_run: Option<bool>, "DryRun";
+    enable_primary_ipv6: Option<bool>, "EnablePrimaryIpv6";
+    groups: Vec<String>, "SecurityGroupId";
+    interface_type: Option<String>, "InterfaceType" [one_of NETWORK_INTERFACE_CREATION_TYPE];
+    ipv4_prefix_count: Option<i32>, "Ipv4PrefixCount";
+    ipv4_prefixes: Vec<Ipv4PrefixSpecificationRequest>, "Ipv4Prefix";
+    ipv6_address_count: Option<i32>, "Ipv6AddressCount";
+    ipv6_addresses: Vec<InstanceIpv6Address>, "Ipv6Addresses";
+    ipv6_prefix_count: Option<i32>, "Ipv6PrefixCount";
+    ipv6_prefixes: Vec<Ipv6PrefixSpecificationRequest>, "Ipv6Prefix";
+    operator: Option<OperatorRequest>, "Operator";
+    private_ip_address: Option<String>, "PrivateIpAddress";
+    private_ip_addresses: Vec<PrivateIpAddressSpecification>, "PrivateIpAddresses";
+    secondary_private_ip_address_count: Option<i32>, "SecondaryPrivateIpAddressCount";
+    subnet_id: Option<String>, "SubnetId" [required];
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+answer! { CreateNetworkInterfaceResult {
+    client_token: Option<String>, "clientToken";
+    network_interface: Option<NetworkInterface>, "networkInterface";
 }}
 
 request! { CreateRouteRequest {
@@ -388,6 +484,11 @@ answer! { DefaultConnectionTrackingConfiguration {
     default_udp_timeout: Option<i32>, "defaultUdpTimeout";
 }}
 
+request! { DeleteDhcpOptionsRequest {
+    dhcp_options_id: Option<String>, "DhcpOptionsId" [required];
+    dry_run: Option<bool>, "DryRun";
+}}
+
 request! { DeleteInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     internet_gateway_id: Option<String>, "InternetGatewayId" [required];
@@ -402,6 +503,20 @@ request! { DeleteKeyPairRequest {
 answer! { DeleteKeyPairResult {
     key_pair_id: Option<String>, "keyPairId";
     r#return: Option<bool>, "return";
+}}
+
+request! { DeleteManagedPrefixListRequest {
+    dry_run: Option<bool>, "DryRun";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+}}
+
+answer! { DeleteManagedPrefixListResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { DeleteNetworkInterfaceRequest {
+    dry_run: Option<bool>, "DryRun";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
 }}
 
 request! { DeleteRouteRequest {
@@ -598,6 +713,19 @@ answer! { DescribeKeyPairsResult {
     key_pairs: Vec<KeyPairInfo>, "keySet";
 }}
 
+request! { DescribeManagedPrefixListsRequest {
+    dry_run: Option<bool>, "DryRun";
+    filters: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults" [within 1..=100];
+    next_token: Option<String>, "NextToken";
+    prefix_list_ids: Vec<String>, "PrefixListId";
+}}
+
+answer! { DescribeManagedPrefixListsResult {
+    next_token: Option<String>, "nextToken";
+    prefix_lists: Vec<ManagedPrefixList>, "prefixListSet";
+}}
+
 request! { DescribeNetworkAclsRequest {
     dry_run: Option<bool>, "DryRun";
     filters: Vec<Filter>, "Filter";
@@ -609,6 +737,21 @@ request! { DescribeNetworkAclsRequest {
 answer! { DescribeNetworkAclsResult {
     network_acls: Vec<NetworkAcl>, "networkAclSet";
     next_token: Option<String>, "nextToken";
+}}
+
+request! { DescribeNetworkInterfaceAttributeRequest {
+    attribute: Option<String>, "Attribute" [one_of NETWORK_INTERFACE_ATTRIBUTE];
+    dry_run: Option<bool>, "DryRun";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+}}
+
+answer! { DescribeNetworkInterfaceAttributeResult {
+    associate_public_ip_address: Option<bool>, "associatePublicIpAddress";
+    attachment: Option<NetworkInterfaceAttachment>, "attachment";
+    description: Option<AttributeValue>, "description";
+    groups: Vec<GroupIdentifier>, "groupSet" [sparse];
+    network_interface_id: Option<String>, "networkInterfaceId";
+    source_dest_check: Option<AttributeBooleanValue>, "sourceDestCheck";
 }}
 
 request! { DescribeNetworkInterfacesRequest {
@@ -623,6 +766,19 @@ request! { DescribeNetworkInterfacesRequest {
 answer! { DescribeNetworkInterfacesResult {
     network_interfaces: Vec<NetworkInterface>, "networkInterfaceSet";
     next_token: Option<String>, "nextToken";
+}}
+
+request! { DescribePrefixListsRequest {
+    dry_run: Option<bool>, "DryRun";
+    filters: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults";
+    next_token: Option<String>, "NextToken";
+    prefix_list_ids: Vec<String>, "PrefixListId";
+}}
+
+answer! { DescribePrefixListsResult {
+    next_token: Option<String>, "nextToken";
+    prefix_lists: Vec<PrefixList>, "prefixListSet";
 }}
 
 request! { DescribeRegionsRequest {
@@ -745,6 +901,12 @@ request! { DetachInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     internet_gateway_id: Option<String>, "InternetGatewayId" [required];
     vpc_id: Option<String>, "VpcId" [required];
+}}
+
+request! { DetachNetworkInterfaceRequest {
+    attachment_id: Option<String>, "AttachmentId" [required];
+    dry_run: Option<bool>, "DryRun";
+    force: Option<bool>, "Force";
 }}
 
 request! { DetachVolumeRequest {
@@ -884,9 +1046,18 @@ answer! { ElasticInferenceAcceleratorAssociation {
     elastic_inference_accelerator_association_time: Option<Timestamp>, "elasticInferenceAcceleratorAssociationTime";
 }}
 
+request! { EnaSrdSpecification {
+    ena_srd_enabled: Option<bool>, "EnaSrdEnabled";
+    ena_srd_udp_specification: Option<EnaSrdUdpSpecification>, "EnaSrdUdpSpecification";
+}}
+
 request! { EnaSrdSpecificationRequest {
     ena_srd_enabled: Option<bool>, "EnaSrdEnabled";
     ena_srd_udp_specification: Option<EnaSrdUdpSpecificationRequest>, "EnaSrdUdpSpecification";
+}}
+
+request! { EnaSrdUdpSpecification {
+    ena_srd_udp_enabled: Option<bool>, "EnaSrdUdpEnabled";
 }}
 
 request! { EnaSrdUdpSpecificationRequest {
@@ -932,6 +1103,31 @@ answer! { GetConsoleOutputResult {
     instance_id: Option<String>, "instanceId";
     output: Option<String>, "output";
     timestamp: Option<Timestamp>, "timestamp";
+}}
+
+request! { GetManagedPrefixListAssociationsRequest {
+    dry_run: Option<bool>, "DryRun";
+    max_results: Option<i32>, "MaxResults" [within 5..=255];
+    next_token: Option<String>, "NextToken";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+}}
+
+answer! { GetManagedPrefixListAssociationsResult {
+    next_token: Option<String>, "nextToken";
+    prefix_list_associations: Vec<PrefixListAssociation>, "prefixListAssociationSet";
+}}
+
+request! { GetManagedPrefixListEntriesRequest {
+    dry_run: Option<bool>, "DryRun";
+    max_results: Option<i32>, "MaxResults" [within 1..=100];
+    next_token: Option<String>, "NextToken";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+    target_version: Option<i64>, "TargetVersion";
+}}
+
+answer! { GetManagedPrefixListEntriesResult {
+    entries: Vec<PrefixListEntry>, "entrySet";
+    next_token: Option<String>, "nextToken";
 }}
 
 answer! { GpuDeviceInfo {
@@ -1495,6 +1691,21 @@ request! { LicenseConfigurationRequest {
     license_configuration_arn: Option<String>, "LicenseConfigurationArn";
 }}
 
+answer! { ManagedPrefixList {
+    address_family: Option<String>, "addressFamily";
+    ipam_prefix_list_resolver_sync_enabled: Option<bool>, "ipamPrefixListResolverSyncEnabled";
+    ipam_prefix_list_resolver_target_id: Option<String>, "ipamPrefixListResolverTargetId";
+    max_entries: Option<i32>, "maxEntries";
+    owner_id: Option<String>, "ownerId";
+    prefix_list_arn: Option<String>, "prefixListArn";
+    prefix_list_id: Option<String>, "prefixListId";
+    prefix_list_name: Option<String>, "prefixListName";
+    state: Option<String>, "state";
+    state_message: Option<String>, "stateMessage";
+    tags: Vec<Tag>, "tagSet";
+    version: Option<i64>, "version";
+}}
+
 answer! { MediaAcceleratorInfo {
     accelerators: Vec<MediaDeviceInfo>, "accelerators";
     total_media_memory_in_mi_b: Option<i32>, "totalMediaMemoryInMiB";
@@ -1548,6 +1759,45 @@ request! { ModifyInstanceMetadataOptionsRequest {
 answer! { ModifyInstanceMetadataOptionsResult {
     instance_id: Option<String>, "instanceId";
     instance_metadata_options: Option<InstanceMetadataOptionsResponse>, "instanceMetadataOptions";
+}}
+
+request! { ModifyManagedPrefixListRequest {
+    add_entries: Vec<AddPrefixListEntry>, "AddEntry";
+    current_version: Option<i64>, "CurrentVersion";
+    dry_run: Option<bool>, "DryRun";
+    ipam_prefix_list_resolver_sync_enabled: Option<bool>, "IpamPrefixListResolverSyncEnabled";
+    max_entries: Option<i32>, "MaxEntries";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+    prefix_list_name: Option<String>, "PrefixListName";
+    remove_entries: Vec<RemovePrefixListEntry>, "RemoveEntry";
+}}
+
+answer! { ModifyManagedPrefixListResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { ModifyNetworkInterfaceAttributeRequest {
+    associate_public_ip_address: Option<bool>, "AssociatePublicIpAddress";
+    associated_subnet_ids: Vec<String>, "AssociatedSubnetId";
+    attachment: Option<NetworkInterfaceAttachmentChanges>, "Attachment";
+    connection_tracking_specification: Option<ConnectionTrackingSpecificationRequest>, "ConnectionTrackingSpecification";
+    description: Option<AttributeValue>, "Description";
+    dry_run: Option<bool>, "DryRun";
+    ena_srd_specification: Option<EnaSrdSpecification>, "EnaSrdSpecification";
+    enable_primary_ipv6: Option<bool>, "EnablePrimaryIpv6";
+    groups: Vec<String>, "SecurityGroupId";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    source_dest_check: Option<AttributeBooleanValue>, "SourceDestCheck";
+}}
+
+request! { ModifySecurityGroupRulesRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Option<String>, "GroupId" [required];
+    security_group_rules: Vec<SecurityGroupRuleUpdate>, "SecurityGroupRule" [required];
+}}
+
+answer! { ModifySecurityGroupRulesResult {
+    r#return: Option<bool>, "return";
 }}
 
 request! { ModifySubnetAttributeRequest {
@@ -1694,6 +1944,13 @@ answer! { NetworkInterfaceAttachment {
     status: Option<String>, "status";
 }}
 
+request! { NetworkInterfaceAttachmentChanges {
+    attachment_id: Option<String>, "AttachmentId";
+    default_ena_queue_count: Option<bool>, "DefaultEnaQueueCount";
+    delete_on_termination: Option<bool>, "DeleteOnTermination";
+    ena_queue_count: Option<i32>, "EnaQueueCount";
+}}
+
 answer! { NetworkInterfaceIpv6Address {
     ipv6_address: Option<String>, "ipv6Address";
     is_primary_ipv6: Option<bool>, "isPrimaryIpv6";
@@ -1726,6 +1983,11 @@ answer! { NeuronDeviceMemoryInfo {
 answer! { NeuronInfo {
     neuron_devices: Vec<NeuronDeviceInfo>, "neuronDevices";
     total_neuron_device_memory_in_mi_b: Option<i32>, "totalNeuronDeviceMemoryInMiB";
+}}
+
+request! { NewDhcpConfiguration {
+    key: Option<String>, "Key";
+    values: Vec<String>, "Value";
 }}
 
 answer! { NitroTpmInfo {
@@ -1762,6 +2024,22 @@ answer! { PlacementGroupInfo {
 answer! { PortRange {
     from: Option<i32>, "from";
     to: Option<i32>, "to";
+}}
+
+answer! { PrefixList {
+    cidrs: Vec<String>, "cidrSet";
+    prefix_list_id: Option<String>, "prefixListId";
+    prefix_list_name: Option<String>, "prefixListName";
+}}
+
+answer! { PrefixListAssociation {
+    resource_id: Option<String>, "resourceId";
+    resource_owner: Option<String>, "resourceOwner";
+}}
+
+answer! { PrefixListEntry {
+    cidr: Option<String>, "cidr";
+    description: Option<String>, "description";
 }}
 
 record! { PrefixListId {
@@ -1846,6 +2124,10 @@ request! { ReleaseAddressRequest {
     public_ip: Option<String>, "PublicIp";
 }}
 
+request! { RemovePrefixListEntry {
+    cidr: Option<String>, "Cidr" [required];
+}}
+
 request! { ReplaceRouteRequest {
     carrier_gateway_id: Option<String>, "CarrierGatewayId";
     core_network_arn: Option<String>, "CoreNetworkArn";
@@ -1884,6 +2166,23 @@ answer! { Reservation {
     owner_id: Option<String>, "ownerId";
     requester_id: Option<String>, "requesterId";
     reservation_id: Option<String>, "reservationId";
+}}
+
+request! { ResetNetworkInterfaceAttributeRequest {
+    dry_run: Option<bool>, "DryRun";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    source_dest_check: Option<String>, "SourceDestCheck";
+}}
+
+request! { RestoreManagedPrefixListVersionRequest {
+    current_version: Option<i64>, "CurrentVersion" [required];
+    dry_run: Option<bool>, "DryRun";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+    previous_version: Option<i64>, "PreviousVersion" [required];
+}}
+
+answer! { RestoreManagedPrefixListVersionResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
 }}
 
 request! { RevokeSecurityGroupEgressRequest {
@@ -2065,6 +2364,27 @@ answer! { SecurityGroupRule {
     to_port: Option<i32>, "toPort";
 }}
 
+request! { SecurityGroupRuleDescription {
+    description: Option<String>, "Description";
+    security_group_rule_id: Option<String>, "SecurityGroupRuleId";
+}}
+
+request! { SecurityGroupRuleRequest {
+    cidr_ipv4: Option<String>, "CidrIpv4";
+    cidr_ipv6: Option<String>, "CidrIpv6";
+    description: Option<String>, "Description";
+    from_port: Option<i32>, "FromPort";
+    ip_protocol: Option<String>, "IpProtocol";
+    prefix_list_id: Option<String>, "PrefixListId";
+    referenced_group_id: Option<String>, "ReferencedGroupId";
+    to_port: Option<i32>, "ToPort";
+}}
+
+request! { SecurityGroupRuleUpdate {
+    security_group_rule: Option<SecurityGroupRuleRequest>, "SecurityGroupRule";
+    security_group_rule_id: Option<String>, "SecurityGroupRuleId" [required];
+}}
+
 request! { SpotMarketOptions {
     block_duration_minutes: Option<i32>, "BlockDurationMinutes";
     instance_interruption_behavior: Option<String>, "InstanceInterruptionBehavior" [one_of INSTANCE_INTERRUPTION_BEHAVIOR];
@@ -2165,6 +2485,36 @@ request! { TerminateInstancesRequest {
 
 answer! { TerminateInstancesResult {
     terminating_instances: Vec<InstanceStateChange>, "instancesSet";
+}}
+
+request! { UnassignPrivateIpAddressesRequest {
+    ipv4_prefixes: Vec<String>, "Ipv4Prefix";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    private_ip_addresses: Vec<String>, "PrivateIpAddress";
+}}
+
+request! { UpdateSecurityGroupRuleDescriptionsEgressRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Option<String>, "GroupId";
+    group_name: Option<String>, "GroupName";
+    ip_permissions: Vec<IpPermission>, "IpPermissions";
+    security_group_rule_descriptions: Vec<SecurityGroupRuleDescription>, "SecurityGroupRuleDescription";
+}}
+
+answer! { UpdateSecurityGroupRuleDescriptionsEgressResult {
+    r#return: Option<bool>, "return";
+}}
+
+request! { UpdateSecurityGroupRuleDescriptionsIngressRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Option<String>, "GroupId";
+    group_name: Option<String>, "GroupName";
+    ip_permissions: Vec<IpPermission>, "IpPermissions";
+    security_group_rule_descriptions: Vec<SecurityGroupRuleDescription>, "SecurityGroupRuleDescription";
+}}
+
+answer! { UpdateSecurityGroupRuleDescriptionsIngressResult {
+    r#return: Option<bool>, "return";
 }}
 
 record! { UserIdGroupPair {
@@ -2297,14 +2647,20 @@ answer! { VpcIpv6CidrBlockAssociation {
 
 // Requests, and whether they can be tried without effect.
 requests!(AllocateAddressRequest, dry_run);
+requests!(AssignPrivateIpAddressesRequest, always);
 requests!(AssociateAddressRequest, dry_run);
+requests!(AssociateDhcpOptionsRequest, dry_run);
 requests!(AssociateRouteTableRequest, dry_run);
 requests!(AttachInternetGatewayRequest, dry_run);
+requests!(AttachNetworkInterfaceRequest, dry_run);
 requests!(AttachVolumeRequest, dry_run);
 requests!(AuthorizeSecurityGroupEgressRequest, dry_run);
 requests!(AuthorizeSecurityGroupIngressRequest, dry_run);
+requests!(CreateDhcpOptionsRequest, dry_run);
 requests!(CreateInternetGatewayRequest, dry_run);
 requests!(CreateKeyPairRequest, dry_run);
+requests!(CreateManagedPrefixListRequest, dry_run);
+requests!(CreateNetworkInterfaceRequest, dry_run);
 requests!(CreateRouteRequest, dry_run);
 requests!(CreateRouteTableRequest, dry_run);
 requests!(CreateSecurityGroupRequest, dry_run);
@@ -2312,8 +2668,11 @@ requests!(CreateSubnetRequest, dry_run);
 requests!(CreateTagsRequest, dry_run);
 requests!(CreateVolumeRequest, dry_run);
 requests!(CreateVpcRequest, dry_run);
+requests!(DeleteDhcpOptionsRequest, dry_run);
 requests!(DeleteInternetGatewayRequest, dry_run);
 requests!(DeleteKeyPairRequest, dry_run);
+requests!(DeleteManagedPrefixListRequest, dry_run);
+requests!(DeleteNetworkInterfaceRequest, dry_run);
 requests!(DeleteRouteRequest, dry_run);
 requests!(DeleteRouteTableRequest, dry_run);
 requests!(DeleteSecurityGroupRequest, dry_run);
@@ -2333,8 +2692,11 @@ requests!(DescribeInstanceTypesRequest, dry_run);
 requests!(DescribeInstancesRequest, dry_run);
 requests!(DescribeInternetGatewaysRequest, dry_run);
 requests!(DescribeKeyPairsRequest, dry_run);
+requests!(DescribeManagedPrefixListsRequest, dry_run);
 requests!(DescribeNetworkAclsRequest, dry_run);
+requests!(DescribeNetworkInterfaceAttributeRequest, dry_run);
 requests!(DescribeNetworkInterfacesRequest, dry_run);
+requests!(DescribePrefixListsRequest, dry_run);
 requests!(DescribeRegionsRequest, dry_run);
 requests!(DescribeRouteTablesRequest, dry_run);
 requests!(DescribeSecurityGroupRulesRequest, dry_run);
@@ -2345,25 +2707,36 @@ requests!(DescribeVolumesRequest, dry_run);
 requests!(DescribeVpcAttributeRequest, dry_run);
 requests!(DescribeVpcsRequest, dry_run);
 requests!(DetachInternetGatewayRequest, dry_run);
+requests!(DetachNetworkInterfaceRequest, dry_run);
 requests!(DetachVolumeRequest, dry_run);
 requests!(DisassociateAddressRequest, dry_run);
 requests!(DisassociateRouteTableRequest, dry_run);
 requests!(GetConsoleOutputRequest, dry_run);
+requests!(GetManagedPrefixListAssociationsRequest, dry_run);
+requests!(GetManagedPrefixListEntriesRequest, dry_run);
 requests!(ImportKeyPairRequest, dry_run);
 requests!(ModifyInstanceAttributeRequest, dry_run);
 requests!(ModifyInstanceMetadataOptionsRequest, dry_run);
+requests!(ModifyManagedPrefixListRequest, dry_run);
+requests!(ModifyNetworkInterfaceAttributeRequest, dry_run);
+requests!(ModifySecurityGroupRulesRequest, dry_run);
 requests!(ModifySubnetAttributeRequest, always);
 requests!(ModifyVpcAttributeRequest, always);
 requests!(RebootInstancesRequest, dry_run);
 requests!(ReleaseAddressRequest, dry_run);
 requests!(ReplaceRouteRequest, dry_run);
 requests!(ReplaceRouteTableAssociationRequest, dry_run);
+requests!(ResetNetworkInterfaceAttributeRequest, dry_run);
+requests!(RestoreManagedPrefixListVersionRequest, dry_run);
 requests!(RevokeSecurityGroupEgressRequest, dry_run);
 requests!(RevokeSecurityGroupIngressRequest, dry_run);
 requests!(RunInstancesRequest, dry_run);
 requests!(StartInstancesRequest, dry_run);
 requests!(StopInstancesRequest, dry_run);
 requests!(TerminateInstancesRequest, dry_run);
+requests!(UnassignPrivateIpAddressesRequest, always);
+requests!(UpdateSecurityGroupRuleDescriptionsEgressRequest, dry_run);
+requests!(UpdateSecurityGroupRuleDescriptionsIngressRequest, dry_run);
 
 // Words that a member may hold, sorted.
 pub const ACCOUNT_ATTRIBUTE_NAME: &[&str] = &["default-vpc", "supported-platforms"];
@@ -2401,6 +2774,8 @@ pub const KEY_TYPE: &[&str] = &["ed25519", "rsa"];
 pub const LOCATION_TYPE: &[&str] = &["availability-zone", "availability-zone-id", "outpost", "region"];
 pub const MARKET_TYPE: &[&str] = &["capacity-block", "interruptible-capacity-reservation", "spot"];
 pub const NESTED_VIRTUALIZATION_SPECIFICATION: &[&str] = &["disabled", "enabled"];
+pub const NETWORK_INTERFACE_ATTRIBUTE: &[&str] = &["associatePublicIpAddress", "attachment", "description", "groupSet", "sourceDestCheck"];
+pub const NETWORK_INTERFACE_CREATION_TYPE: &[&str] = &["branch", "efa", "efa-only", "trunk"];
 pub const RESOURCE_TYPE: &[&str] = &[
     "capacity-block",
     "capacity-manager-data-export",

@@ -235,6 +235,8 @@ pub struct Tables {
     pub(crate) counters: Table<model::Counter>,
     pub(crate) card_objects: Table<model::CardObject>,
     pub(crate) events: Table<model::Event>,
+    pub(crate) prefix_lists: Table<model::PrefixList>,
+    pub(crate) prefix_list_versions: Table<model::PrefixListVersion>,
 }
 
 /// Why a stored document was not understood.

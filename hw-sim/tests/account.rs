@@ -25,6 +25,12 @@ fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
     let volume = one("DescribeVolumes", "volumeId");
     let group = region.call("DescribeSecurityGroups", &[("GroupName.1", "rack")]).need("groupId");
     let allocation = region.call("AllocateAddress", &[("Domain", "vpc")]).need("allocationId");
+    let options = one("DescribeDhcpOptions", "dhcpOptionsId");
+    let attachment = one("DescribeNetworkInterfaces", "attachmentId");
+    let rule = region.call("DescribeSecurityGroupRules", &[("Filter.1.Name", "group-id"), ("Filter.1.Value.1", &group)]);
+    let rule = rule.need("securityGroupRuleId");
+    let list = [("PrefixListName", "offices"), ("AddressFamily", "IPv4"), ("MaxEntries", "2"), ("Entry.1.Cidr", "192.0.2.0/24")];
+    let prefixes = region.call("CreateManagedPrefixList", &list).need("prefixListId");
     let stranger = region.account();
 
     // Lists: nothing of the first account; public images are for everybody.
@@ -43,15 +49,19 @@ fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
         "DescribeTags",
         "DescribeSecurityGroupRules",
         "DescribeNetworkAcls",
+        "DescribeManagedPrefixLists",
+        "DescribeDhcpOptions",
     ] {
         let answer = list(action);
-        for id in [&instance, &vpc, &subnet, &table, &gateway, &interface, &volume, &group, &allocation] {
+        for id in
+            [&instance, &vpc, &subnet, &table, &gateway, &interface, &volume, &group, &allocation, &options, &attachment, &rule, &prefixes]
+        {
             assert!(!answer.contains(id.as_str()), "{action} shows {id} to a stranger");
         }
     }
 
     // Calls: a foreign id answers exactly as an id that never was.
-    let unknown = |id: &str| format!("{}-{}", id.split_once('-').expect("an id").0, "0123456789abcdef0");
+    let unknown = |id: &str| format!("{}-{}", id.rsplit_once('-').expect("an id").0, "0123456789abcdef0");
     let cases: Vec<Case<'_>> = vec![
         ("DescribeInstances", vec![("InstanceId.1", "@")], &instance),
         ("StartInstances", vec![("InstanceId.1", "@")], &instance),
@@ -104,6 +114,44 @@ fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
             &group,
         ),
         ("DescribeNetworkInterfaces", vec![("NetworkInterfaceId.1", "@")], &interface),
+        ("CreateNetworkInterface", vec![("SubnetId", "@")], &subnet),
+        ("DeleteNetworkInterface", vec![("NetworkInterfaceId", "@")], &interface),
+        (
+            "AttachNetworkInterface",
+            vec![("NetworkInterfaceId", "@"), ("InstanceId", "i-0123456789abcdef0"), ("DeviceIndex", "1")],
+            &interface,
+        ),
+        ("DetachNetworkInterface", vec![("AttachmentId", "@")], &attachment),
+        ("ModifyNetworkInterfaceAttribute", vec![("NetworkInterfaceId", "@"), ("SourceDestCheck.Value", "false")], &interface),
+        ("DescribeNetworkInterfaceAttribute", vec![("NetworkInterfaceId", "@"), ("Attribute", "description")], &interface),
+        ("ResetNetworkInterfaceAttribute", vec![("NetworkInterfaceId", "@"), ("SourceDestCheck", "true")], &interface),
+        ("AssignPrivateIpAddresses", vec![("NetworkInterfaceId", "@"), ("SecondaryPrivateIpAddressCount", "1")], &interface),
+        ("UnassignPrivateIpAddresses", vec![("NetworkInterfaceId", "@"), ("PrivateIpAddress.1", "172.31.0.9")], &interface),
+        ("DescribeSecurityGroupRules", vec![("SecurityGroupRuleId.1", "@")], &rule),
+        (
+            "UpdateSecurityGroupRuleDescriptionsIngress",
+            vec![("GroupId", "@"), ("SecurityGroupRuleDescription.1.SecurityGroupRuleId", "sgr-0123456789abcdef0")],
+            &group,
+        ),
+        (
+            "ModifySecurityGroupRules",
+            vec![
+                ("GroupId", "@"),
+                ("SecurityGroupRule.1.SecurityGroupRuleId", "sgr-0123456789abcdef0"),
+                ("SecurityGroupRule.1.SecurityGroupRule.IpProtocol", "-1"),
+                ("SecurityGroupRule.1.SecurityGroupRule.CidrIpv4", "0.0.0.0/0"),
+            ],
+            &group,
+        ),
+        ("DescribeManagedPrefixLists", vec![("PrefixListId.1", "@")], &prefixes),
+        ("GetManagedPrefixListEntries", vec![("PrefixListId", "@")], &prefixes),
+        ("GetManagedPrefixListAssociations", vec![("PrefixListId", "@")], &prefixes),
+        ("ModifyManagedPrefixList", vec![("PrefixListId", "@"), ("PrefixListName", "mine")], &prefixes),
+        ("RestoreManagedPrefixListVersion", vec![("PrefixListId", "@"), ("CurrentVersion", "1"), ("PreviousVersion", "1")], &prefixes),
+        ("DeleteManagedPrefixList", vec![("PrefixListId", "@")], &prefixes),
+        ("DescribeDhcpOptions", vec![("DhcpOptionsId.1", "@")], &options),
+        ("AssociateDhcpOptions", vec![("DhcpOptionsId", "default"), ("VpcId", "@")], &vpc),
+        ("DeleteDhcpOptions", vec![("DhcpOptionsId", "@")], &options),
     ];
     for (action, parameters, id) in &cases {
         let with = |id: &str| {

@@ -13,7 +13,7 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
 use crate::model::{
-    AttachmentState, Card, DhcpOptions, Instance, InstanceState, NetworkInterface, ObjectKind, REGION, RouteTarget, RuleRemote,
+    AttachmentState, Card, DhcpOptions, Instance, InstanceState, NetworkInterface, ObjectKind, PrefixList, REGION, RouteTarget, RuleRemote,
     SecurityGroup, SecurityGroupRule, Subnet, Volume, Vpc,
 };
 use crate::resource::{address, instance, network_interface, route_table, tag, volume, vpc};
@@ -115,7 +115,8 @@ pub(super) fn objects(tx: &Tx<'_>, region: &Region, card_id: &str) -> BTreeMap<O
     let mut vpcs = BTreeMap::<(String, String), BTreeSet<String>>::new();
     for row in tx.find_all::<Instance>("card", card_id).iter().filter(|row| wants_machine(row)) {
         let account = row.account_id.as_str();
-        let interfaces = instance::interfaces(tx, account, &row.id);
+        let mut interfaces = instance::interfaces(tx, account, &row.id);
+        interfaces.retain(|interface| !is_leaving(interface));
         let ports: Vec<card::Port> = interfaces.iter().filter_map(|interface| port(tx, region, row, interface)).collect();
         for port in &ports {
             let groups = vpcs.entry((account.to_owned(), port.vpc_id.clone())).or_default();
@@ -134,6 +135,11 @@ pub(super) fn objects(tx: &Tx<'_>, region: &Region, card_id: &str) -> BTreeMap<O
         volumes.iter().filter(|volume| volume.state != crate::model::VolumeState::Deleting).map(|row| Object::Volume(block(tx, row))),
     );
     objects.into_iter().map(|object| (object.key(), object)).collect()
+}
+
+/// Whether an interface is on its way out of its instance.
+fn is_leaving(interface: &NetworkInterface) -> bool {
+    interface.attachment.as_ref().is_some_and(|attachment| attachment.state == AttachmentState::Detaching)
 }
 
 fn machine(
@@ -213,8 +219,12 @@ fn port(tx: &Tx<'_>, region: &Region, instance: &Instance, interface: &NetworkIn
     let subnet = tx.get::<Subnet>(account, &interface.subnet_id)?;
     let groups: Vec<_> = interface.security_group_ids.iter().filter_map(|id| tx.get::<SecurityGroup>(account, id)).collect();
     let side = |egress: bool| {
-        let mut rules: Vec<card::Rule> =
-            groups.iter().flat_map(|group| &group.rules).filter(|rule| rule.egress == egress).filter_map(rule).collect();
+        let mut rules: Vec<card::Rule> = groups
+            .iter()
+            .flat_map(|group| &group.rules)
+            .filter(|rule| rule.egress == egress)
+            .flat_map(|row| rules(tx, account, row))
+            .collect();
         // An unordered union of allows, so each needs to stand only once.
         rules.sort_by_cached_key(|rule| rule.encode_to_vec());
         rules.dedup();
@@ -242,8 +252,27 @@ fn port(tx: &Tx<'_>, region: &Region, instance: &Instance, interface: &NetworkIn
         routes: routes(tx, &subnet),
         security_group_ids,
         dhcp: Some(dhcp(tx, region, &vpc, interface)),
+        connection_tracking: Some(connection_tracking(interface)),
+        secondary: interface
+            .secondary_ips
+            .iter()
+            .map(|ip| card::Address {
+                private_ipv4: u32::from(*ip),
+                public_ipv4: address::public_ip_of(tx, interface, *ip).map_or(0, u32::from),
+            })
+            .collect(),
         ..card::Port::default()
     })
+}
+
+/// The card knows EC2's defaults.
+fn connection_tracking(interface: &NetworkInterface) -> card::ConnectionTracking {
+    let times = interface.connection_tracking;
+    card::ConnectionTracking {
+        tcp_established_s: times.tcp_established_s.unwrap_or(0),
+        udp_stream_s: times.udp_stream_s.unwrap_or(0),
+        udp_s: times.udp_s.unwrap_or(0),
+    }
 }
 
 fn prefix(cidr: Ipv4Net) -> card::Prefix {
@@ -253,19 +282,24 @@ fn prefix(cidr: Ipv4Net) -> card::Prefix {
 /// EC2's "all protocols" on the wire.
 const ALL_PROTOCOLS: u32 = 256;
 
-/// A rule as the card reads it; none for IPv6, which no port has.
-fn rule(rule: &SecurityGroupRule) -> Option<card::Rule> {
-    let remote = match &rule.remote {
-        RuleRemote::Ipv4(cidr) => card::rule::Remote::Prefix(prefix(*cidr)),
-        RuleRemote::Group { group_id, .. } => card::rule::Remote::GroupId(group_id.clone()),
-        RuleRemote::Ipv6(_) => return None,
+/// A rule as the card reads it: one for each block of a prefix list, none for IPv6, which no port has.
+fn rules(tx: &Tx<'_>, account: &str, rule: &SecurityGroupRule) -> Vec<card::Rule> {
+    let remotes = match &rule.remote {
+        RuleRemote::Ipv4(cidr) => vec![card::rule::Remote::Prefix(prefix(*cidr))],
+        RuleRemote::Group { group_id, .. } => vec![card::rule::Remote::GroupId(group_id.clone())],
+        RuleRemote::PrefixList(id) => {
+            let list = tx.get::<PrefixList>(account, id);
+            list.iter().flat_map(|list| list.blocks()).map(prefix).map(card::rule::Remote::Prefix).collect()
+        }
+        RuleRemote::Ipv6(_) => Vec::new(),
     };
-    Some(card::Rule {
+    let with = |remote| card::Rule {
         protocol: rule.protocol.map_or(ALL_PROTOCOLS, u32::from),
         from_port: rule.from_port,
         to_port: rule.to_port,
         remote: Some(remote),
-    })
+    };
+    remotes.into_iter().map(with).collect()
 }
 
 fn remote_groups(port: &card::Port) -> impl Iterator<Item = String> {
@@ -284,23 +318,28 @@ fn routes(tx: &Tx<'_>, subnet: &Subnet) -> Vec<card::Route> {
         let target = if open { card::route::Target::InternetGateway(true) } else { card::route::Target::Blackhole(true) };
         card::Route { destination: Some(prefix(route.destination)), target: Some(target) }
     };
-    let mut routes: Vec<_> = table.routes.iter().map(route).collect();
+    let mut routes: Vec<_> = route_table::expanded(tx, &table).iter().map(route).collect();
     routes.sort_by_cached_key(prost::Message::encode_to_vec);
     routes
 }
 
+/// The IPv4 addresses among the values of an option.
+fn addresses(values: &[String]) -> Vec<u32> {
+    values.iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect()
+}
+
 fn dhcp(tx: &Tx<'_>, region: &Region, vpc: &Vpc, interface: &NetworkInterface) -> card::Dhcp {
     let name = network_interface::private_dns_name(region, interface.private_ip);
-    let (hostname, own_domain) = name.split_once('.').unwrap_or((&name, ""));
+    let hostname = name.split('.').next().unwrap_or_default();
     let options = tx.get::<DhcpOptions>(&vpc.account_id, &vpc.dhcp_options_id);
     let values = |key: &str| options.as_ref().and_then(|options| options.configurations.get(key)).cloned().unwrap_or_default();
     let dns = values("domain-name-servers");
     card::Dhcp {
         hostname: hostname.to_owned(),
-        domain: values("domain-name").into_iter().next().unwrap_or_else(|| own_domain.to_owned()),
+        domain: values("domain-name").join(" "),
         // AmazonProvidedDNS is no address: no card resolves names yet, and a server that never answers would be worse than none.
-        dns: dns.iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect(),
-        ..card::Dhcp::default()
+        dns: addresses(&dns),
+        ntp: addresses(&values("ntp-servers")),
     }
 }
 
@@ -309,7 +348,7 @@ fn network(tx: &Tx<'_>, account: &str, vpc_id: &str, groups: BTreeSet<String>) -
     let vpc = tx.get::<Vpc>(account, vpc_id)?;
     let mut mappings = Vec::new();
     let mut members: BTreeMap<String, BTreeSet<u32>> = groups.into_iter().map(|group| (group, BTreeSet::new())).collect();
-    for interface in tx.find::<NetworkInterface>(account, "vpc", vpc_id) {
+    for interface in tx.find::<NetworkInterface>(account, "vpc", vpc_id).iter().filter(|interface| !is_leaving(interface)) {
         let owner = interface.attachment.as_ref().and_then(|attachment| tx.get::<Instance>(account, &attachment.instance_id));
         let Some(placement) = owner.filter(|owner| wants_machine(owner)).and_then(|owner| owner.placement.clone()) else { continue };
         let Some(underlay) = tx.get::<Card>(REGION, &placement.card_id).map(|card| card.underlay_ip) else { continue };
@@ -317,16 +356,17 @@ fn network(tx: &Tx<'_>, account: &str, vpc_id: &str, groups: BTreeSet<String>) -
         if underlay.is_unspecified() {
             continue;
         }
-        let private_ipv4 = u32::from(interface.private_ip);
-        mappings.push(card::Mapping {
-            private_ipv4,
-            mac: interface.mac.0.to_vec(),
-            underlay_ipv4: underlay.into(),
-            ..card::Mapping::default()
-        });
-        for group in &interface.security_group_ids {
-            if let Some(members) = members.get_mut(group) {
-                members.insert(private_ipv4);
+        for private_ipv4 in interface.private_ips().map(u32::from) {
+            mappings.push(card::Mapping {
+                private_ipv4,
+                mac: interface.mac.0.to_vec(),
+                underlay_ipv4: underlay.into(),
+                ..card::Mapping::default()
+            });
+            for group in &interface.security_group_ids {
+                if let Some(members) = members.get_mut(group) {
+                    members.insert(private_ipv4);
+                }
             }
         }
     }

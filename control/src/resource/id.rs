@@ -82,6 +82,14 @@ pub const NETWORK_INTERFACE: Noun = noun(
     "InvalidNetworkInterfaceID.NotFound",
     "The networkInterface ID '{}' does not exist",
 );
+/// The attachment of a network interface to an instance; it carries no tags.
+pub const NETWORK_INTERFACE_ATTACHMENT: Noun = noun(
+    "eni-attach",
+    "network-interface-attachment",
+    "InvalidNetworkInterfaceAttachmentId.Malformed",
+    "InvalidAttachmentID.NotFound",
+    "The attachment ID '{}' does not exist",
+);
 /// Elastic IP addresses; EC2 has no code for a malformed id of theirs.
 pub const ADDRESS: Noun =
     noun("eipalloc", "elastic-ip", "InvalidAllocationID.NotFound", "InvalidAllocationID.NotFound", "The allocation ID '{}' does not exist");
@@ -104,6 +112,10 @@ pub const VOLUME: Noun = noun("vol", "volume", "InvalidVolumeID.Malformed", "Inv
 /// Images.
 pub const IMAGE: Noun = noun("ami", "image", "InvalidAMIID.Malformed", "InvalidAMIID.NotFound", "The image id '[{}]' does not exist");
 
+/// Managed prefix lists.
+pub const PREFIX_LIST: Noun =
+    noun("pl", "prefix-list", "InvalidPrefixListId.Malformed", "InvalidPrefixListID.NotFound", "The prefix list ID '{}' does not exist");
+
 /// Every kind that carries tags.
 pub const TAGGABLE: &[&Noun] = &[
     &VPC,
@@ -120,6 +132,7 @@ pub const TAGGABLE: &[&Noun] = &[
     &INSTANCE,
     &VOLUME,
     &IMAGE,
+    &PREFIX_LIST,
 ];
 
 impl Noun {

@@ -20,6 +20,7 @@ pub mod internet_gateway;
 pub mod key_pair;
 pub mod network_acl;
 pub mod network_interface;
+pub mod prefix_list;
 pub mod region;
 pub mod route_table;
 pub mod security_group;

@@ -3,16 +3,22 @@
 //! The local routes are not stored: they follow from the blocks of the VPC. A subnet without an association of its own uses the table
 //! that holds the VPC's main association. A route whose gateway is gone, or no longer attached to the VPC, stays as a black hole.
 
+mod prefix_list_route;
+
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
+pub(crate) use prefix_list_route::expanded;
+pub(super) use prefix_list_route::fits;
 
 use super::client_token::{self, Checked};
 use super::filter::{Filters, Page};
 use super::id::{ROUTE_TABLE, ROUTE_TABLE_ASSOCIATION, SUBNET, VPC, unsupported};
 use super::{tag, vpc};
 use crate::error::ApiError;
-use crate::model::{InternetGateway, NetworkInterface, Route, RouteTable, RouteTableAssociation, RouteTarget, Subnet, Vpc};
+use crate::model::{
+    InternetGateway, NetworkInterface, PrefixListRoute, Route, RouteTable, RouteTableAssociation, RouteTarget, Subnet, Vpc,
+};
 use crate::shapes::{
     self, AssociateRouteTableRequest, AssociateRouteTableResult, CreateRouteRequest, CreateRouteResult, CreateRouteTableRequest,
     CreateRouteTableResult, DeleteRouteRequest, DeleteRouteTableRequest, DescribeRouteTablesRequest, DescribeRouteTablesResult,
@@ -62,6 +68,7 @@ pub fn insert(tx: &mut Tx<'_>, account: &str, vpc_id: &str, main: bool) -> Route
         vpc_id: vpc_id.to_owned(),
         routes: Vec::new(),
         associations: association.into_iter().collect(),
+        prefix_list_routes: Vec::new(),
     };
     tx.put(table.clone());
     table
@@ -206,30 +213,48 @@ pub fn create_route(call: &mut Call<'_>, request: CreateRouteRequest) -> Result<
     ])?;
     let id = ROUTE_TABLE.required(request.route_table_id, "RouteTableId")?;
     let table = ROUTE_TABLE.row::<RouteTable>(call, &id)?;
-    let other = request.destination_ipv6_cidr_block.is_some() || request.destination_prefix_list_id.is_some();
-    let destination = destination(request.destination_cidr_block, other)?;
+    let list = request.destination_prefix_list_id.as_deref();
+    if let Some(list_id) = only_list(list, request.destination_cidr_block.as_ref(), request.destination_ipv6_cidr_block.as_ref())? {
+        let list = prefix_list_route::destination(call, list_id)?;
+        let target = gateway(call, &table, request.gateway_id)?;
+        prefix_list_route::add(call, &table, &list, target)?;
+        return Ok(CreateRouteResult { r#return: Some(true) });
+    }
+    let destination = destination(request.destination_cidr_block, request.destination_ipv6_cidr_block.is_some())?;
     let target = gateway(call, &table, request.gateway_id)?;
     let local = local_blocks(call, &table);
     if local.contains(&destination) || table.routes.iter().any(|route| route.destination == destination) {
         return Err(ApiError::new("RouteAlreadyExists", format!("The route identified by {destination} already exists.")));
     }
     check_not_inside(&local, destination)?;
-    if table.routes.len() >= MOST_ROUTES {
-        let message = format!("The maximum number of routes has been reached for route table '{id}'.");
-        return Err(ApiError::new("RouteLimitExceeded", message));
+    let mut changed = RouteTable::clone(&table);
+    changed.routes.push(Route { destination, target });
+    if !fits(&call.tx, &changed, None) {
+        return Err(too_many(&id));
     }
-    call.tx.update::<RouteTable>(&table.account_id, &id, |table| table.routes.push(Route { destination, target }));
+    call.tx.put(changed);
     Ok(CreateRouteResult { r#return: Some(true) })
+}
+
+fn too_many(id: &str) -> ApiError {
+    ApiError::new("RouteLimitExceeded", format!("The maximum number of routes has been reached for route table '{id}'."))
+}
+
+/// The prefix list that is the only destination of a request, if one is.
+fn only_list<'a>(list: Option<&'a str>, ipv4: Option<&String>, ipv6: Option<&String>) -> Result<Option<&'a str>, ApiError> {
+    match list {
+        Some(_) if ipv4.is_some() || ipv6.is_some() => Err(ApiError::invalid_combination("A route has exactly one destination")),
+        list => Ok(list),
+    }
 }
 
 fn destination(cidr: Option<String>, other: bool) -> Result<Ipv4Net, ApiError> {
     match (cidr, other) {
         (Some(text), false) => vpc::parse_cidr("destinationCidrBlock", &text),
         (Some(_), true) => Err(ApiError::invalid_combination("A route has exactly one destination")),
-        (None, true) => Err(ApiError::new(
-            "UnsupportedOperation",
-            "The parameters DestinationIpv6CidrBlock and DestinationPrefixListId are not supported in this region",
-        )),
+        (None, true) => {
+            Err(ApiError::new("UnsupportedOperation", "The parameter DestinationIpv6CidrBlock is not supported in this region"))
+        }
         (None, false) => Err(ApiError::missing_parameter("destinationCidrBlock")),
     }
 }
@@ -286,8 +311,13 @@ pub fn replace_route(call: &mut Call<'_>, request: ReplaceRouteRequest) -> Resul
     ])?;
     let id = ROUTE_TABLE.required(request.route_table_id, "RouteTableId")?;
     let table = ROUTE_TABLE.row::<RouteTable>(call, &id)?;
-    let other = request.destination_ipv6_cidr_block.is_some() || request.destination_prefix_list_id.is_some();
-    let destination = destination(request.destination_cidr_block, other)?;
+    let list = request.destination_prefix_list_id.as_deref();
+    if let Some(list_id) = only_list(list, request.destination_cidr_block.as_ref(), request.destination_ipv6_cidr_block.as_ref())? {
+        let list = prefix_list_route::destination(call, list_id)?;
+        let target = gateway(call, &table, request.gateway_id)?;
+        return prefix_list_route::replace(call, &table, &list.id, target);
+    }
+    let destination = destination(request.destination_cidr_block, request.destination_ipv6_cidr_block.is_some())?;
     let target = gateway(call, &table, request.gateway_id)?;
     if !table.routes.iter().any(|route| route.destination == destination) {
         let message = format!("There is no route defined for '{destination}' in the route table. Use CreateRoute instead.");
@@ -308,8 +338,11 @@ pub fn replace_route(call: &mut Call<'_>, request: ReplaceRouteRequest) -> Resul
 pub fn delete_route(call: &mut Call<'_>, request: DeleteRouteRequest) -> Result<(), ApiError> {
     let id = ROUTE_TABLE.required(request.route_table_id, "RouteTableId")?;
     let table = ROUTE_TABLE.row::<RouteTable>(call, &id)?;
-    let other = request.destination_ipv6_cidr_block.is_some() || request.destination_prefix_list_id.is_some();
-    let destination = destination(request.destination_cidr_block, other)?;
+    let list = request.destination_prefix_list_id.as_deref();
+    if let Some(list_id) = only_list(list, request.destination_cidr_block.as_ref(), request.destination_ipv6_cidr_block.as_ref())? {
+        return prefix_list_route::remove(call, &table, list_id);
+    }
+    let destination = destination(request.destination_cidr_block, request.destination_ipv6_cidr_block.is_some())?;
     if local_blocks(call, &table).contains(&destination) {
         let message = format!("cannot remove local route {destination} in route table {id}");
         return Err(ApiError::invalid_value(message));
@@ -373,6 +406,7 @@ fn field(table: &shapes::RouteTable, name: &str, test: &dyn Fn(&str) -> bool) ->
         "owner-id" => is(&table.owner_id),
         "route-table-id" => is(&table.route_table_id),
         "route.destination-cidr-block" => route(&|route| is(&route.destination_cidr_block)),
+        "route.destination-prefix-list-id" => route(&|route| is(&route.destination_prefix_list_id)),
         "route.gateway-id" => route(&|route| is(&route.gateway_id)),
         "route.origin" => route(&|route| is(&route.origin)),
         "route.state" => route(&|route| is(&route.state)),
@@ -398,7 +432,7 @@ fn shape(call: &Call<'_>, table: &RouteTable) -> shapes::RouteTable {
         state: Some("active".into()),
         ..Default::default()
     });
-    let made = table.routes.iter().map(|route| {
+    let made = |route: &Route| {
         let (gateway_id, network_interface_id) = match &route.target {
             RouteTarget::InternetGateway(id) => (Some(id.clone()), None),
             RouteTarget::NetworkInterface(id) => (None, Some(id.clone())),
@@ -411,13 +445,18 @@ fn shape(call: &Call<'_>, table: &RouteTable) -> shapes::RouteTable {
             state: Some(if is_active(&call.tx, table, route) { "active" } else { "blackhole" }.into()),
             ..Default::default()
         }
-    });
+    };
+    let to_list = |route: &PrefixListRoute| shapes::Route {
+        destination_cidr_block: None,
+        destination_prefix_list_id: Some(route.prefix_list_id.clone()),
+        ..made(&Route { destination: Ipv4Net::default(), target: route.target.clone() })
+    };
     shapes::RouteTable {
         route_table_id: Some(table.id.clone()),
         vpc_id: Some(table.vpc_id.clone()),
         owner_id: Some(table.account_id.clone()),
         associations: table.associations.iter().map(association).collect(),
-        routes: local.chain(made).collect(),
+        routes: local.chain(table.routes.iter().map(made)).chain(table.prefix_list_routes.iter().map(to_list)).collect(),
         propagating_vgws: Vec::new(),
         tags: tag::shapes(&tag::of(&call.tx, &table.account_id, &table.id)),
     }
@@ -427,7 +466,7 @@ fn shape(call: &Call<'_>, table: &RouteTable) -> shapes::RouteTable {
 mod tests {
     use super::*;
     use crate::resource::fixture::{ALICE, BOB, Fixture};
-    use crate::resource::internet_gateway;
+    use crate::resource::{internet_gateway, prefix_list};
     use crate::shapes::{CreateSubnetRequest, CreateVpcRequest, DetachInternetGatewayRequest};
 
     struct Network {
@@ -591,6 +630,57 @@ mod tests {
         let new = result.new_association_id.unwrap();
         let refused = fixture.refusal(ALICE, |call| replace_route_table_association(call, replace(&new, &other)));
         assert_eq!(refused, "InvalidParameterValue");
+    }
+
+    #[test]
+    fn a_prefix_list_is_one_route_that_counts_with_its_largest_size() {
+        let Network { fixture, table, gateway, .. } = network();
+        let list = |size: i32| {
+            let request = shapes::CreateManagedPrefixListRequest {
+                prefix_list_name: Some("offices".into()),
+                address_family: Some("IPv4".into()),
+                max_entries: Some(size),
+                ..Default::default()
+            };
+            let made = fixture.call(ALICE, |call| prefix_list::create_managed_prefix_list(call, request)).unwrap();
+            made.prefix_list.unwrap().prefix_list_id.unwrap()
+        };
+        let to = |list: &str| CreateRouteRequest {
+            route_table_id: Some(table.clone()),
+            destination_prefix_list_id: Some(list.into()),
+            gateway_id: Some(gateway.clone()),
+            ..Default::default()
+        };
+        let (one, two) = (list(499), list(2));
+        fixture.call(ALICE, |call| create_route(call, to(&one))).unwrap();
+        let shown = described(&fixture, &table).routes.pop().unwrap();
+        assert_eq!((shown.destination_prefix_list_id.as_ref(), shown.destination_cidr_block), (Some(&one), None));
+        assert_eq!((shown.gateway_id.as_ref(), shown.state.as_deref()), (Some(&gateway), Some("active")));
+        let both = CreateRouteRequest { destination_cidr_block: Some("1.0.0.0/8".into()), ..to(&two) };
+        for (request, code) in [
+            (to(&one), "RouteAlreadyExists"),
+            (to(&two), "RouteLimitExceeded"),
+            (to("pl-0123456789abcdef0"), "InvalidPrefixListID.NotFound"),
+            (both, "InvalidParameterCombination"),
+        ] {
+            assert_eq!(fixture.refusal(ALICE, |call| create_route(call, request)), code);
+        }
+        fixture.call(ALICE, |call| create_route(call, route(&table, "1.0.0.0/8", &gateway))).unwrap();
+        assert_eq!(fixture.refusal(ALICE, |call| create_route(call, route(&table, "2.0.0.0/8", &gateway))), "RouteLimitExceeded");
+        let delete = |list: &str| DeleteRouteRequest {
+            route_table_id: Some(table.clone()),
+            destination_prefix_list_id: Some(list.into()),
+            ..Default::default()
+        };
+        fixture.call(ALICE, |call| delete_route(call, delete(&one))).unwrap();
+        assert_eq!(fixture.refusal(ALICE, |call| delete_route(call, delete(&one))), "InvalidRoute.NotFound");
+        let request = ReplaceRouteRequest {
+            route_table_id: Some(table.clone()),
+            destination_prefix_list_id: Some(one),
+            gateway_id: Some(gateway.clone()),
+            ..Default::default()
+        };
+        assert_eq!(fixture.refusal(ALICE, |call| replace_route(call, request)), "InvalidParameterValue");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::error::ApiError;
 use crate::model::{NetworkInterface, RuleRemote, SecurityGroup, SecurityGroupRule};
 use crate::shapes::{
     self, CreateSecurityGroupRequest, CreateSecurityGroupResult, DeleteSecurityGroupRequest, DeleteSecurityGroupResult,
-    DescribeSecurityGroupsRequest, DescribeSecurityGroupsResult, IpPermission, IpRange, Ipv6Range, UserIdGroupPair,
+    DescribeSecurityGroupsRequest, DescribeSecurityGroupsResult, IpPermission, IpRange, Ipv6Range, PrefixListId, UserIdGroupPair,
 };
 use crate::world::{Call, Tx};
 
@@ -240,7 +240,7 @@ fn rule_field(call: &Call<'_>, rule: &SecurityGroupRule, field: &str, test: &dyn
         ("ip-permission.group-name", RuleRemote::Group { group_id, .. }) => {
             call.get::<SecurityGroup>(group_id).is_some_and(|group| test(&group.name))
         }
-        // No rule names a prefix list.
+        ("ip-permission.prefix-list-id", RuleRemote::PrefixList(id)) => test(id),
         _ => false,
     }
 }
@@ -285,6 +285,7 @@ pub(super) fn permissions<'a>(rules: impl IntoIterator<Item = &'a SecurityGroupR
                 description,
                 ..Default::default()
             }),
+            RuleRemote::PrefixList(id) => permission.prefix_list_ids.push(PrefixListId { prefix_list_id: Some(id.clone()), description }),
         }
     }
     all

@@ -11,8 +11,8 @@ use super::filter::{Filters, Page};
 use super::id::{self, Noun};
 use crate::error::ApiError;
 use crate::model::{
-    Address, DhcpOptions, Image, Instance, InternetGateway, KeyPair, NetworkAcl, NetworkInterface, RouteTable, SecurityGroup, Subnet, Tags,
-    Volume, Vpc,
+    Address, DhcpOptions, Image, Instance, InternetGateway, KeyPair, NetworkAcl, NetworkInterface, PrefixList, RouteTable, SecurityGroup,
+    Subnet, Tags, Volume, Vpc,
 };
 use crate::shapes::{CreateTagsRequest, DeleteTagsRequest, DescribeTagsRequest, DescribeTagsResult, Tag, TagDescription, TagSpecification};
 use crate::world::{Call, Tx};
@@ -267,6 +267,7 @@ fn exists(call: &Call<'_>, noun: &Noun, id: &str) -> bool {
         "key-pair" => call.get::<KeyPair>(id).is_some(),
         "instance" => call.get::<Instance>(id).is_some(),
         "volume" => call.get::<Volume>(id).is_some(),
+        "prefix-list" => call.get::<PrefixList>(id).is_some(),
         // An image that is public may be tagged by everybody; each account sees its own tags.
         "image" => call.tx.all::<Image>().any(|image| image.id == id && (image.public || image.account_id == call.account())),
         _ => false,
