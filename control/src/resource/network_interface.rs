@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 
 use super::filter::{Filters, Page};
 use super::id::{NETWORK_INTERFACE, SECURITY_GROUP};
-use super::{address, security_group, subnet, tag};
+use super::{address, nat_gateway, security_group, subnet, tag};
 use crate::error::ApiError;
 use crate::model::{Mac, NetworkInterface, NetworkInterfaceAttachment, SecurityGroup, Subnet, Time, Vpc};
 use crate::shape::Timestamp;
@@ -112,12 +112,17 @@ pub fn private_dns_name(region: &Region, ip: Ipv4Addr) -> String {
     format!("ip-{}.{}", dashed(ip), private_domain(region))
 }
 
+/// The domain of public host names.
+pub fn public_domain(region: &Region) -> String {
+    match region.name.as_str() {
+        "us-east-1" => "compute-1.amazonaws.com".to_owned(),
+        name => format!("{name}.compute.amazonaws.com"),
+    }
+}
+
 /// The public host name of an address: `ec2-198-51-100-7.compute-1.amazonaws.com`.
 pub fn public_dns_name(region: &Region, ip: Ipv4Addr) -> String {
-    match region.name.as_str() {
-        "us-east-1" => format!("ec2-{}.compute-1.amazonaws.com", dashed(ip)),
-        name => format!("ec2-{}.{name}.compute.amazonaws.com", dashed(ip)),
-    }
+    format!("ec2-{}.{}", dashed(ip), public_domain(region))
 }
 
 fn dashed(ip: Ipv4Addr) -> String {
@@ -208,29 +213,36 @@ fn passes(call: &Call<'_>, filters: &Filters, interface: &NetworkInterface) -> b
         "attachment.device-index" => attached(&|attachment| test(&attachment.device_index.to_string())),
         "attachment.instance-id" => attached(&|attachment| test(&attachment.instance_id)),
         "attachment.instance-owner-id" => attached(&|_| test(&interface.account_id)),
-        "attachment.status" => attached(&|_| test("attached")),
+        "attachment.status" => status(call, interface) == "in-use" && test("attached"),
         "availability-zone" => test(&interface.zone),
         "availability-zone-id" => call.region.zone(&interface.zone).is_some_and(|zone| test(&zone.id)),
         "description" => test(&interface.description),
         "group-id" => interface.security_group_ids.iter().any(|id| test(id)),
         "group-name" => groups(&call.tx, interface).into_iter().any(|group| some(group.group_name, test)),
-        "interface-type" => test("interface"),
+        "interface-type" => test(if managed(call, interface) { "nat_gateway" } else { "interface" }),
         "mac-address" => test(&interface.mac.to_string()),
         "network-interface-id" => test(&interface.id),
-        "operator.managed" | "requester-managed" => test("false"),
+        "operator.managed" => test("false"),
+        "requester-managed" => test(flag(managed(call, interface))),
+        "requester-id" => managed(call, interface) && test(&interface.account_id),
         "owner-id" => test(&interface.account_id),
         "private-dns-name" => test(&private_dns_name(call.region, interface.private_ip)),
         "source-dest-check" => test(flag(interface.source_dest_check)),
-        "status" => test(status(interface)),
+        "status" => test(status(call, interface)),
         "subnet-id" => test(&interface.subnet_id),
         "vpc-id" => test(&interface.vpc_id),
-        // No interface has an IPv6 address, a requester or an operator.
+        // No interface has an IPv6 address or an operator.
         _ => false,
     })
 }
 
-fn status(interface: &NetworkInterface) -> &'static str {
-    if interface.attachment.is_some() { "in-use" } else { "available" }
+fn status(call: &Call<'_>, interface: &NetworkInterface) -> &'static str {
+    if interface.attachment.is_some() || managed(call, interface) { "in-use" } else { "available" }
+}
+
+/// Whether an interface belongs to a NAT gateway.
+fn managed(call: &Call<'_>, interface: &NetworkInterface) -> bool {
+    nat_gateway::of_interface(&call.tx, &interface.account_id, &interface.id).is_some()
 }
 
 /// The public side of an interface, if it has one.
@@ -251,6 +263,7 @@ pub fn association(call: &Call<'_>, interface: &NetworkInterface) -> Option<Netw
 }
 
 fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterface {
+    let managed = managed(call, interface);
     let association = association(call, interface);
     let private_dns_name = private_dns_name(call.region, interface.private_ip);
     let attachment = |attachment: &NetworkInterfaceAttachment| shapes::NetworkInterfaceAttachment {
@@ -279,7 +292,7 @@ fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterf
         owner_id: Some(interface.account_id.clone()),
         description: Some(interface.description.clone()),
         groups: groups(&call.tx, interface),
-        interface_type: Some("interface".into()),
+        interface_type: Some(if managed { "nat_gateway" } else { "interface" }.into()),
         mac_address: Some(interface.mac.to_string()),
         private_ip_address: Some(interface.private_ip.to_string()),
         private_dns_name: Some(private_dns_name),
@@ -287,9 +300,10 @@ fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterf
         public_dns_name: association.as_ref().and_then(|association| association.public_dns_name.clone()),
         association,
         attachment: interface.attachment.as_ref().map(attachment),
-        requester_managed: Some(false),
+        requester_id: managed.then(|| interface.account_id.clone()),
+        requester_managed: Some(managed),
         source_dest_check: Some(interface.source_dest_check),
-        status: Some(status(interface).to_owned()),
+        status: Some(status(call, interface).to_owned()),
         tag_set: tag::shapes(&tag::of(&call.tx, &interface.account_id, &interface.id)),
         ..Default::default()
     }

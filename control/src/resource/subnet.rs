@@ -14,7 +14,7 @@ use super::filter::{Filters, Page};
 use super::id::{SUBNET, VPC, unsupported};
 use super::{network_acl, tag, vpc};
 use crate::error::ApiError;
-use crate::model::{NetworkAcl, NetworkInterface, RouteTable, Subnet, Time, Vpc};
+use crate::model::{NatGateway, NetworkAcl, NetworkInterface, RouteTable, Subnet, Time, Vpc};
 use crate::shapes::{
     self, CreateSubnetRequest, CreateSubnetResult, DeleteSubnetRequest, DescribeSubnetsRequest, DescribeSubnetsResult,
     ModifySubnetAttributeRequest, PrivateDnsNameOptionsOnLaunch,
@@ -266,8 +266,19 @@ pub fn modify_subnet_attribute(call: &mut Call<'_>, request: ModifySubnetAttribu
 
 /// How many addresses of a subnet are free.
 pub fn available(tx: &Tx<'_>, subnet: &Subnet) -> u32 {
-    let used = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id).len();
+    let used = used(tx, subnet).len();
     size(subnet).saturating_sub(RESERVED).saturating_sub(u32::try_from(used).unwrap_or(u32::MAX))
+}
+
+/// The addresses of a subnet that are taken: those of interfaces, and the further ones of NAT gateways.
+fn used(tx: &Tx<'_>, subnet: &Subnet) -> BTreeSet<Ipv4Addr> {
+    let interfaces = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id);
+    let mut used: BTreeSet<Ipv4Addr> = interfaces.iter().map(|interface| interface.private_ip).collect();
+    // The addresses of a gateway without an interface are only remembered.
+    let gateways = tx.find::<NatGateway>(&subnet.account_id, "subnet", &subnet.id);
+    let held = gateways.iter().filter(|gateway| gateway.network_interface_id.is_some());
+    used.extend(held.flat_map(|gateway| gateway.addresses.iter().filter_map(|address| address.private_ip)));
+    used
 }
 
 /// Addresses of a subnet, reserved ones included; at most 65,536.
@@ -282,8 +293,7 @@ fn size(subnet: &Subnet) -> u32 {
 /// `InvalidParameterValue` for an address outside the subnet or a reserved one, `InvalidIPAddress.InUse` for a taken one,
 /// `InsufficientFreeAddressesInSubnet` when all are taken.
 pub fn free_address(tx: &mut Tx<'_>, subnet: &Subnet, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, ApiError> {
-    let interfaces = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id);
-    let used: BTreeSet<Ipv4Addr> = interfaces.iter().map(|interface| interface.private_ip).collect();
+    let used = used(tx, subnet);
     let first = u32::from(subnet.cidr.network());
     if let Some(ip) = wanted {
         let offset = u32::from(ip).wrapping_sub(first);
