@@ -187,6 +187,8 @@ pub struct Route {
 pub enum RouteTarget {
     InternetGateway(String),
     NetworkInterface(String),
+    NatGateway(String),
+    VpcPeeringConnection(String),
 }
 
 /// Which subnet uses a table; the main association serves all that name none.
@@ -232,7 +234,13 @@ pub struct SecurityGroupRule {
 pub enum RuleRemote {
     Ipv4(Ipv4Net),
     Ipv6(Ipv6Net),
-    Group { account_id: String, group_id: String },
+    Group {
+        account_id: String,
+        group_id: String,
+        /// How it was reached when the rule was made, if it is a group of another VPC.
+        #[serde(default)]
+        peering: Option<RulePeering>,
+    },
     PrefixList(String),
 }
 
@@ -244,6 +252,14 @@ impl RuleRemote {
             _ => None,
         }
     }
+}
+
+/// The way to a group of a peered VPC: what a stale rule still shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct RulePeering {
+    pub vpc_id: String,
+    pub vpc_peering_connection_id: String,
 }
 
 /// A stateless, ordered filter of a subnet.
@@ -266,8 +282,13 @@ pub struct NetworkAclEntry {
     pub egress: bool,
     pub protocol: Option<u8>,
     pub allow: bool,
-    pub cidr: Ipv4Net,
+    /// The remote side; a block of either family.
+    pub cidr: IpNet,
+    /// First and last, for TCP and UDP.
     pub ports: Option<(u16, u16)>,
+    /// Type and code for ICMP, -1 for any.
+    #[serde(default)]
+    pub icmp: Option<(i16, i16)>,
 }
 
 /// Which subnet a network ACL filters.
@@ -751,6 +772,30 @@ impl PrefixListState {
     }
 }
 
+/// Life of a NAT gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum NatGatewayState {
+    Pending,
+    Failed,
+    Available,
+    Deleting,
+    Deleted,
+}
+
+impl NatGatewayState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Failed => "failed",
+            Self::Available => "available",
+            Self::Deleting => "deleting",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
 /// A managed prefix list.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[allow(missing_docs)]
@@ -791,6 +836,113 @@ impl PrefixListVersion {
 pub struct PrefixListEntry {
     pub cidr: IpNet,
     pub description: String,
+}
+
+/// A NAT gateway: lets the ports of its VPC open connections to the internet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct NatGateway {
+    pub account_id: String,
+    pub id: String, // nat-...
+    pub vpc_id: String,
+    pub subnet_id: String,
+    pub zone: String,
+    pub state: NatGatewayState,
+    /// Why it cannot become available.
+    pub failure: Option<StateReason>,
+    /// Its interface, which goes when the gateway is deleted or has failed.
+    pub network_interface_id: Option<String>,
+    /// The primary address first.
+    pub addresses: Vec<NatGatewayAddress>,
+    /// The card that does its work; none while no card of the zone can.
+    pub card_id: Option<String>,
+    pub created: Time,
+    /// When it was deleted or failed.
+    pub ended: Option<Time>,
+}
+
+/// One public address of a NAT gateway, and the private one under which it stands in the subnet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct NatGatewayAddress {
+    pub allocation_id: String,
+    pub association_id: Option<String>,
+    pub public_ip: Option<Ipv4Addr>,
+    pub private_ip: Option<Ipv4Addr>,
+    pub state: NatGatewayAddressState,
+}
+
+/// Life of an address of a NAT gateway; disassociated is its absence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum NatGatewayAddressState {
+    Associating,
+    Succeeded,
+    Disassociating,
+    Failed,
+}
+
+impl NatGatewayAddressState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Associating => "associating",
+            Self::Succeeded => "succeeded",
+            Self::Disassociating => "disassociating",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Life of a peering connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum PeeringState {
+    PendingAcceptance,
+    Active,
+    Failed,
+    Rejected,
+    Expired,
+    Deleted,
+}
+
+impl PeeringState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PendingAcceptance => "pending-acceptance",
+            Self::Active => "active",
+            Self::Failed => "failed",
+            Self::Rejected => "rejected",
+            Self::Expired => "expired",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
+/// A way between two VPCs, under [`REGION`] because it may be two accounts'.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct VpcPeeringConnection {
+    pub id: String, // pcx-...
+    pub requester: PeeringSide,
+    pub accepter: PeeringSide,
+    pub state: PeeringState,
+    pub created: Time,
+    /// When it came to an end, and by whose hand.
+    pub ended: Option<(Time, String)>,
+}
+
+/// One side of a peering connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PeeringSide {
+    pub account_id: String,
+    pub vpc_id: String,
+    /// The blocks of the VPC; not known of another account's before it accepts.
+    pub cidrs: Vec<Ipv4Net>,
+    /// AllowDnsResolutionFromRemoteVpc.
+    pub remote_dns: bool,
 }
 
 /// Binds a row type to its table, its name in the store, its key and its indexes.
@@ -836,19 +988,19 @@ macro_rules! tables {
 tables! {
     Account, accounts, "account", |row| REGION, &row.id, [];
     AccessKey, access_keys, "access_key", |row| REGION, &row.id, ["account" => [&row.account_id]];
-    Vpc, vpcs, "vpc", |row| &row.account_id, &row.id, ["id" => [&row.id]];
+    Vpc, vpcs, "vpc", |row| &row.account_id, &row.id, ["id" => [&row.id], "dhcp" => [&row.dhcp_options_id]];
     Subnet, subnets, "subnet", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
     InternetGateway, internet_gateways, "internet_gateway", |row| &row.account_id, &row.id, ["vpc" => &row.vpc_id];
     RouteTable, route_tables, "route_table", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "prefix_list" => row.prefix_list_routes.iter().map(|r| &r.prefix_list_id), "subnet" => row.associations.iter().filter_map(|a| a.subnet_id.as_ref())];
     SecurityGroup, security_groups, "security_group", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "prefix_list" => row.rules.iter().filter_map(|r| r.remote.prefix_list())];
-    NetworkAcl, network_acls, "network_acl", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
+    NetworkAcl, network_acls, "network_acl", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "subnet" => row.associations.iter().map(|a| &a.subnet_id)];
     NetworkInterface, network_interfaces, "network_interface", |row| &row.account_id, &row.id,
         ["id" => [&row.id], "vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "instance" => row.attachment.as_ref().map(|a| &a.instance_id), "attachment" => row.attachment.as_ref().map(|a| &a.id), "group" => &row.security_group_ids];
     Address, addresses, "address", |row| &row.account_id, &row.id, ["interface" => row.association.as_ref().map(|a| &a.network_interface_id), "ip" => [row.public_ip]];
     PublicIp, public_ips, "public_ip", |row| REGION, row.ip.to_string(), [];
     KeyPair, key_pairs, "key_pair", |row| &row.account_id, &row.id, ["name" => [&row.name]];
     Image, images, "image", |row| &row.account_id, &row.id, ["id" => [&row.id]];
-    Instance, instances, "instance", |row| &row.account_id, &row.id, ["id" => [&row.id], "reservation" => [&row.reservation_id],
+    Instance, instances, "instance", |row| &row.account_id, &row.id, ["id" => [&row.id], "reservation" => [&row.reservation_id], "vpc" => [&row.vpc_id],
             "leaving" => (row.state == InstanceState::ShuttingDown && row.placement.is_none()).then_some(""), "card" => row.placement.as_ref().map(|p| &p.card_id)],
         sums row.placement.iter().flat_map(|p| [(("vcpus", p.card_id.clone()), u64::from(p.vcpus)), (("memory_mib", p.card_id.clone()), p.memory_mib)]);
     Volume, volumes, "volume", |row| &row.account_id, &row.id,
@@ -864,6 +1016,12 @@ tables! {
     PrefixList, prefix_lists, "prefix_list", |row| &row.account_id, &row.id, [];
     PrefixListVersion, prefix_list_versions, "prefix_list_version", |row| &row.account_id, PrefixListVersion::row_id(&row.prefix_list_id, row.version),
         ["list" => [&row.prefix_list_id]];
+    NatGateway, nat_gateways, "nat_gateway", |row| &row.account_id, &row.id,
+        ["vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "interface" => &row.network_interface_id, "card" => &row.card_id,
+            "unplaced" => (row.card_id.is_none() && !matches!(row.state, NatGatewayState::Failed | NatGatewayState::Deleted)).then_some("")],
+        sums row.card_id.iter().map(|card| (("gateways", card.clone()), 1));
+    VpcPeeringConnection, vpc_peering_connections, "vpc_peering_connection", |row| REGION, &row.id,
+        ["account" => [&row.requester.account_id, &row.accepter.account_id], "vpc" => [&row.requester.vpc_id, &row.accepter.vpc_id]];
 }
 
 impl Event {

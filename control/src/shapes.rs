@@ -5,6 +5,15 @@
 
 use crate::shape::{Blob, Timestamp, answer, record, request, requests};
 
+request! { AcceptVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { AcceptVpcPeeringConnectionResult {
+    vpc_peering_connection: Option<VpcPeeringConnection>, "vpcPeeringConnection";
+}}
+
 answer! { AccountAttribute {
     attribute_name: Option<String>, "attributeName";
     attribute_values: Vec<AccountAttributeValue>, "attributeValueSet";
@@ -97,6 +106,20 @@ request! { AssociateDhcpOptionsRequest {
     dhcp_options_id: Option<String>, "DhcpOptionsId" [required];
     dry_run: Option<bool>, "DryRun";
     vpc_id: Option<String>, "VpcId" [required];
+}}
+
+request! { AssociateNatGatewayAddressRequest {
+    allocation_ids: Vec<String>, "AllocationId" [required];
+    availability_zone: Option<String>, "AvailabilityZone";
+    availability_zone_id: Option<String>, "AvailabilityZoneId";
+    dry_run: Option<bool>, "DryRun";
+    nat_gateway_id: Option<String>, "NatGatewayId" [required];
+    private_ip_addresses: Vec<String>, "PrivateIpAddress";
+}}
+
+answer! { AssociateNatGatewayAddressResult {
+    nat_gateway_addresses: Vec<NatGatewayAddress>, "natGatewayAddressSet";
+    nat_gateway_id: Option<String>, "natGatewayId";
 }}
 
 request! { AssociateRouteTableRequest {
@@ -212,6 +235,12 @@ answer! { AvailabilityZone {
     zone_type: Option<String>, "zoneType";
 }}
 
+request! { AvailabilityZoneAddress {
+    allocation_ids: Vec<String>, "AllocationId";
+    availability_zone: Option<String>, "AvailabilityZone";
+    availability_zone_id: Option<String>, "AvailabilityZoneId";
+}}
+
 answer! { AvailabilityZoneGeography {
     name: Option<String>, "name";
 }}
@@ -257,6 +286,10 @@ request! { CapacityReservationTarget {
 answer! { CapacityReservationTargetResponse {
     capacity_reservation_id: Option<String>, "capacityReservationId";
     capacity_reservation_resource_group_arn: Option<String>, "capacityReservationResourceGroupArn";
+}}
+
+answer! { CidrBlock {
+    cidr_block: Option<String>, "cidrBlock";
 }}
 
 answer! { ConnectionTrackingConfiguration {
@@ -330,6 +363,52 @@ request! { CreateManagedPrefixListRequest {
 
 answer! { CreateManagedPrefixListResult {
     prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { CreateNatGatewayRequest {
+    allocation_id: Option<String>, "AllocationId";
+    availability_mode: Option<String>, "AvailabilityMode" [one_of AVAILABILITY_MODE];
+    availability_zone_addresses: Vec<AvailabilityZoneAddress>, "AvailabilityZoneAddress";
+    client_token: Option<String>, "ClientToken";
+    connectivity_type: Option<String>, "ConnectivityType" [one_of CONNECTIVITY_TYPE];
+    dry_run: Option<bool>, "DryRun";
+    private_ip_address: Option<String>, "PrivateIpAddress";
+    secondary_allocation_ids: Vec<String>, "SecondaryAllocationId";
+    secondary_private_ip_address_count: Option<i32>, "SecondaryPrivateIpAddressCount" [within 1..=31];
+    secondary_private_ip_addresses: Vec<String>, "SecondaryPrivateIpAddress";
+    subnet_id: Option<String>, "SubnetId";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+    vpc_id: Option<String>, "VpcId";
+}}
+
+answer! { CreateNatGatewayResult {
+    client_token: Option<String>, "clientToken";
+    nat_gateway: Option<NatGateway>, "natGateway";
+}}
+
+request! { CreateNetworkAclEntryRequest {
+    cidr_block: Option<String>, "CidrBlock";
+    dry_run: Option<bool>, "DryRun";
+    egress: Option<bool>, "Egress" [required];
+    icmp_type_code: Option<IcmpTypeCode>, "Icmp";
+    ipv6_cidr_block: Option<String>, "Ipv6CidrBlock";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+    port_range: Option<PortRange>, "PortRange";
+    protocol: Option<String>, "Protocol" [required];
+    rule_action: Option<String>, "RuleAction" [required, one_of RULE_ACTION];
+    rule_number: Option<i32>, "RuleNumber" [required];
+}}
+
+request! { CreateNetworkAclRequest {
+    client_token: Option<String>, "ClientToken";
+    dry_run: Option<bool>, "DryRun";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+answer! { CreateNetworkAclResult {
+    client_token: Option<String>, "clientToken";
+    network_acl: Option<NetworkAcl>, "networkAcl";
 }}
 
 request! { CreateNetworkInterfaceRequest {
@@ -454,6 +533,19 @@ request! { CreateVolumeRequest {
     volume_type: Option<String>, "VolumeType" [one_of VOLUME_TYPE];
 }}
 
+request! { CreateVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    peer_owner_id: Option<String>, "PeerOwnerId";
+    peer_region: Option<String>, "PeerRegion";
+    peer_vpc_id: Option<String>, "PeerVpcId";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+answer! { CreateVpcPeeringConnectionResult {
+    vpc_peering_connection: Option<VpcPeeringConnection>, "vpcPeeringConnection";
+}}
+
 request! { CreateVpcRequest {
     amazon_provided_ipv6_cidr_block: Option<bool>, "AmazonProvidedIpv6CidrBlock";
     cidr_block: Option<String>, "CidrBlock";
@@ -514,6 +606,27 @@ answer! { DeleteManagedPrefixListResult {
     prefix_list: Option<ManagedPrefixList>, "prefixList";
 }}
 
+request! { DeleteNatGatewayRequest {
+    dry_run: Option<bool>, "DryRun";
+    nat_gateway_id: Option<String>, "NatGatewayId" [required];
+}}
+
+answer! { DeleteNatGatewayResult {
+    nat_gateway_id: Option<String>, "natGatewayId";
+}}
+
+request! { DeleteNetworkAclEntryRequest {
+    dry_run: Option<bool>, "DryRun";
+    egress: Option<bool>, "Egress" [required];
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+    rule_number: Option<i32>, "RuleNumber" [required];
+}}
+
+request! { DeleteNetworkAclRequest {
+    dry_run: Option<bool>, "DryRun";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+}}
+
 request! { DeleteNetworkInterfaceRequest {
     dry_run: Option<bool>, "DryRun";
     network_interface_id: Option<String>, "NetworkInterfaceId" [required];
@@ -557,6 +670,15 @@ request! { DeleteTagsRequest {
 request! { DeleteVolumeRequest {
     dry_run: Option<bool>, "DryRun";
     volume_id: Option<String>, "VolumeId" [required];
+}}
+
+request! { DeleteVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { DeleteVpcPeeringConnectionResult {
+    r#return: Option<bool>, "return";
 }}
 
 request! { DeleteVpcRequest {
@@ -726,6 +848,19 @@ answer! { DescribeManagedPrefixListsResult {
     prefix_lists: Vec<ManagedPrefixList>, "prefixListSet";
 }}
 
+request! { DescribeNatGatewaysRequest {
+    dry_run: Option<bool>, "DryRun";
+    filter: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults" [within 5..=1000];
+    nat_gateway_ids: Vec<String>, "NatGatewayId";
+    next_token: Option<String>, "NextToken";
+}}
+
+answer! { DescribeNatGatewaysResult {
+    nat_gateways: Vec<NatGateway>, "natGatewaySet";
+    next_token: Option<String>, "nextToken";
+}}
+
 request! { DescribeNetworkAclsRequest {
     dry_run: Option<bool>, "DryRun";
     filters: Vec<Filter>, "Filter";
@@ -805,6 +940,15 @@ answer! { DescribeRouteTablesResult {
     route_tables: Vec<RouteTable>, "routeTableSet";
 }}
 
+request! { DescribeSecurityGroupReferencesRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Vec<String>, "GroupId" [required];
+}}
+
+answer! { DescribeSecurityGroupReferencesResult {
+    security_group_reference_set: Vec<SecurityGroupReference>, "securityGroupReferenceSet";
+}}
+
 request! { DescribeSecurityGroupRulesRequest {
     dry_run: Option<bool>, "DryRun";
     filters: Vec<Filter>, "Filter";
@@ -830,6 +974,18 @@ request! { DescribeSecurityGroupsRequest {
 answer! { DescribeSecurityGroupsResult {
     next_token: Option<String>, "nextToken";
     security_groups: Vec<SecurityGroup>, "securityGroupInfo";
+}}
+
+request! { DescribeStaleSecurityGroupsRequest {
+    dry_run: Option<bool>, "DryRun";
+    max_results: Option<i32>, "MaxResults" [within 5..=255];
+    next_token: Option<String>, "NextToken";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+answer! { DescribeStaleSecurityGroupsResult {
+    next_token: Option<String>, "nextToken";
+    stale_security_group_set: Vec<StaleSecurityGroup>, "staleSecurityGroupSet";
 }}
 
 request! { DescribeSubnetsRequest {
@@ -884,6 +1040,19 @@ answer! { DescribeVpcAttributeResult {
     vpc_id: Option<String>, "vpcId";
 }}
 
+request! { DescribeVpcPeeringConnectionsRequest {
+    dry_run: Option<bool>, "DryRun";
+    filters: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults" [within 5..=1000];
+    next_token: Option<String>, "NextToken";
+    vpc_peering_connection_ids: Vec<String>, "VpcPeeringConnectionId";
+}}
+
+answer! { DescribeVpcPeeringConnectionsResult {
+    next_token: Option<String>, "nextToken";
+    vpc_peering_connections: Vec<VpcPeeringConnection>, "vpcPeeringConnectionSet";
+}}
+
 request! { DescribeVpcsRequest {
     dry_run: Option<bool>, "DryRun";
     filters: Vec<Filter>, "Filter";
@@ -933,6 +1102,18 @@ request! { DisassociateAddressRequest {
     association_id: Option<String>, "AssociationId";
     dry_run: Option<bool>, "DryRun";
     public_ip: Option<String>, "PublicIp";
+}}
+
+request! { DisassociateNatGatewayAddressRequest {
+    association_ids: Vec<String>, "AssociationId" [required];
+    dry_run: Option<bool>, "DryRun";
+    max_drain_duration_seconds: Option<i32>, "MaxDrainDurationSeconds" [within 1..=4000];
+    nat_gateway_id: Option<String>, "NatGatewayId" [required];
+}}
+
+answer! { DisassociateNatGatewayAddressResult {
+    nat_gateway_addresses: Vec<NatGatewayAddress>, "natGatewayAddressSet";
+    nat_gateway_id: Option<String>, "natGatewayId";
 }}
 
 request! { DisassociateRouteTableRequest {
@@ -1172,9 +1353,9 @@ request! { IamInstanceProfileSpecification {
     name: Option<String>, "Name";
 }}
 
-answer! { IcmpTypeCode {
-    code: Option<i32>, "code";
-    r#type: Option<i32>, "type";
+record! { IcmpTypeCode {
+    code: Option<i32>, "Code", "code";
+    r#type: Option<i32>, "Type", "type";
 }}
 
 answer! { Image {
@@ -1646,6 +1827,10 @@ request! { Ipv4PrefixSpecificationRequest {
     ipv4_prefix: Option<String>, "Ipv4Prefix";
 }}
 
+answer! { Ipv6CidrBlock {
+    ipv6_cidr_block: Option<String>, "ipv6CidrBlock";
+}}
+
 answer! { Ipv6PrefixSpecification {
     ipv6_prefix: Option<String>, "ipv6Prefix";
 }}
@@ -1821,8 +2006,63 @@ request! { ModifyVpcAttributeRequest {
     vpc_id: Option<String>, "VpcId" [required];
 }}
 
+request! { ModifyVpcPeeringConnectionOptionsRequest {
+    accepter_peering_connection_options: Option<PeeringConnectionOptionsRequest>, "AccepterPeeringConnectionOptions";
+    dry_run: Option<bool>, "DryRun";
+    requester_peering_connection_options: Option<PeeringConnectionOptionsRequest>, "RequesterPeeringConnectionOptions";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { ModifyVpcPeeringConnectionOptionsResult {
+    accepter_peering_connection_options: Option<PeeringConnectionOptions>, "accepterPeeringConnectionOptions";
+    requester_peering_connection_options: Option<PeeringConnectionOptions>, "requesterPeeringConnectionOptions";
+}}
+
 answer! { Monitoring {
     state: Option<String>, "state";
+}}
+
+answer! { NatGateway {
+    attached_appliances: Vec<NatGatewayAttachedAppliance>, "attachedApplianceSet";
+    auto_provision_zones: Option<String>, "autoProvisionZones";
+    auto_scaling_ips: Option<String>, "autoScalingIps";
+    availability_mode: Option<String>, "availabilityMode";
+    connectivity_type: Option<String>, "connectivityType";
+    create_time: Option<Timestamp>, "createTime";
+    delete_time: Option<Timestamp>, "deleteTime";
+    failure_code: Option<String>, "failureCode";
+    failure_message: Option<String>, "failureMessage";
+    nat_gateway_addresses: Vec<NatGatewayAddress>, "natGatewayAddressSet";
+    nat_gateway_id: Option<String>, "natGatewayId";
+    provisioned_bandwidth: Option<ProvisionedBandwidth>, "provisionedBandwidth";
+    route_table_id: Option<String>, "routeTableId";
+    state: Option<String>, "state";
+    subnet_id: Option<String>, "subnetId";
+    tags: Vec<Tag>, "tagSet";
+    vpc_id: Option<String>, "vpcId";
+}}
+
+answer! { NatGatewayAddress {
+    allocation_id: Option<String>, "allocationId";
+    association_id: Option<String>, "associationId";
+    availability_zone: Option<String>, "availabilityZone";
+    availability_zone_id: Option<String>, "availabilityZoneId";
+    failure_message: Option<String>, "failureMessage";
+    is_primary: Option<bool>, "isPrimary";
+    network_interface_id: Option<String>, "networkInterfaceId";
+    private_ip: Option<String>, "privateIp";
+    public_ip: Option<String>, "publicIp";
+    status: Option<String>, "status";
+}}
+
+answer! { NatGatewayAttachedAppliance {
+    appliance_arn: Option<String>, "applianceArn";
+    attachment_state: Option<String>, "attachmentState";
+    failure_code: Option<String>, "failureCode";
+    failure_message: Option<String>, "failureMessage";
+    modification_state: Option<String>, "modificationState";
+    r#type: Option<String>, "type";
+    vpc_endpoint_id: Option<String>, "vpcEndpointId";
 }}
 
 answer! { NetworkAcl {
@@ -2004,6 +2244,18 @@ answer! { OperatorResponse {
     principal: Option<String>, "principal";
 }}
 
+answer! { PeeringConnectionOptions {
+    allow_dns_resolution_from_remote_vpc: Option<bool>, "allowDnsResolutionFromRemoteVpc";
+    allow_egress_from_local_classic_link_to_remote_vpc: Option<bool>, "allowEgressFromLocalClassicLinkToRemoteVpc";
+    allow_egress_from_local_vpc_to_remote_classic_link: Option<bool>, "allowEgressFromLocalVpcToRemoteClassicLink";
+}}
+
+request! { PeeringConnectionOptionsRequest {
+    allow_dns_resolution_from_remote_vpc: Option<bool>, "AllowDnsResolutionFromRemoteVpc";
+    allow_egress_from_local_classic_link_to_remote_vpc: Option<bool>, "AllowEgressFromLocalClassicLinkToRemoteVpc";
+    allow_egress_from_local_vpc_to_remote_classic_link: Option<bool>, "AllowEgressFromLocalVpcToRemoteClassicLink";
+}}
+
 record! { Placement {
     affinity: Option<String>, "Affinity", "affinity";
     availability_zone: Option<String>, "AvailabilityZone", "availabilityZone";
@@ -2021,9 +2273,9 @@ answer! { PlacementGroupInfo {
     supported_strategies: Vec<String>, "supportedStrategies";
 }}
 
-answer! { PortRange {
-    from: Option<i32>, "from";
-    to: Option<i32>, "to";
+record! { PortRange {
+    from: Option<i32>, "From", "from";
+    to: Option<i32>, "To", "to";
 }}
 
 answer! { PrefixList {
@@ -2086,6 +2338,14 @@ answer! { PropagatingVgw {
     gateway_id: Option<String>, "gatewayId";
 }}
 
+answer! { ProvisionedBandwidth {
+    provision_time: Option<Timestamp>, "provisionTime";
+    provisioned: Option<String>, "provisioned";
+    request_time: Option<Timestamp>, "requestTime";
+    requested: Option<String>, "requested";
+    status: Option<String>, "status";
+}}
+
 answer! { PublicIpDnsNameOptions {
     dns_hostname_type: Option<String>, "dnsHostnameType";
     public_dual_stack_dns_name: Option<String>, "publicDualStackDnsName";
@@ -2117,6 +2377,15 @@ answer! { RegionGeography {
     name: Option<String>, "name";
 }}
 
+request! { RejectVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { RejectVpcPeeringConnectionResult {
+    r#return: Option<bool>, "return";
+}}
+
 request! { ReleaseAddressRequest {
     allocation_id: Option<String>, "AllocationId";
     dry_run: Option<bool>, "DryRun";
@@ -2126,6 +2395,29 @@ request! { ReleaseAddressRequest {
 
 request! { RemovePrefixListEntry {
     cidr: Option<String>, "Cidr" [required];
+}}
+
+request! { ReplaceNetworkAclAssociationRequest {
+    association_id: Option<String>, "AssociationId" [required];
+    dry_run: Option<bool>, "DryRun";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+}}
+
+answer! { ReplaceNetworkAclAssociationResult {
+    new_association_id: Option<String>, "newAssociationId";
+}}
+
+request! { ReplaceNetworkAclEntryRequest {
+    cidr_block: Option<String>, "CidrBlock";
+    dry_run: Option<bool>, "DryRun";
+    egress: Option<bool>, "Egress" [required];
+    icmp_type_code: Option<IcmpTypeCode>, "Icmp";
+    ipv6_cidr_block: Option<String>, "Ipv6CidrBlock";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+    port_range: Option<PortRange>, "PortRange";
+    protocol: Option<String>, "Protocol" [required];
+    rule_action: Option<String>, "RuleAction" [required, one_of RULE_ACTION];
+    rule_number: Option<i32>, "RuleNumber" [required];
 }}
 
 request! { ReplaceRouteRequest {
@@ -2347,6 +2639,13 @@ answer! { SecurityGroup {
     vpc_id: Option<String>, "vpcId";
 }}
 
+answer! { SecurityGroupReference {
+    group_id: Option<String>, "groupId";
+    referencing_vpc_id: Option<String>, "referencingVpcId";
+    transit_gateway_id: Option<String>, "transitGatewayId";
+    vpc_peering_connection_id: Option<String>, "vpcPeeringConnectionId";
+}}
+
 answer! { SecurityGroupRule {
     cidr_ipv4: Option<String>, "cidrIpv4";
     cidr_ipv6: Option<String>, "cidrIpv6";
@@ -2391,6 +2690,24 @@ request! { SpotMarketOptions {
     max_price: Option<String>, "MaxPrice";
     spot_instance_type: Option<String>, "SpotInstanceType" [one_of SPOT_INSTANCE_TYPE];
     valid_until: Option<Timestamp>, "ValidUntil";
+}}
+
+answer! { StaleIpPermission {
+    from_port: Option<i32>, "fromPort";
+    ip_protocol: Option<String>, "ipProtocol";
+    ip_ranges: Vec<String>, "ipRanges";
+    prefix_list_ids: Vec<String>, "prefixListIds";
+    to_port: Option<i32>, "toPort";
+    user_id_group_pairs: Vec<UserIdGroupPair>, "groups";
+}}
+
+answer! { StaleSecurityGroup {
+    description: Option<String>, "description";
+    group_id: Option<String>, "groupId";
+    group_name: Option<String>, "groupName";
+    stale_ip_permissions: Vec<StaleIpPermission>, "staleIpPermissions";
+    stale_ip_permissions_egress: Vec<StaleIpPermission>, "staleIpPermissionsEgress";
+    vpc_id: Option<String>, "vpcId";
 }}
 
 request! { StartInstancesRequest {
@@ -2645,11 +2962,43 @@ answer! { VpcIpv6CidrBlockAssociation {
     network_border_group: Option<String>, "networkBorderGroup";
 }}
 
+answer! { VpcPeeringConnection {
+    accepter_vpc_info: Option<VpcPeeringConnectionVpcInfo>, "accepterVpcInfo";
+    expiration_time: Option<Timestamp>, "expirationTime";
+    requester_vpc_info: Option<VpcPeeringConnectionVpcInfo>, "requesterVpcInfo";
+    status: Option<VpcPeeringConnectionStateReason>, "status";
+    tags: Vec<Tag>, "tagSet";
+    vpc_peering_connection_id: Option<String>, "vpcPeeringConnectionId";
+}}
+
+answer! { VpcPeeringConnectionOptionsDescription {
+    allow_dns_resolution_from_remote_vpc: Option<bool>, "allowDnsResolutionFromRemoteVpc";
+    allow_egress_from_local_classic_link_to_remote_vpc: Option<bool>, "allowEgressFromLocalClassicLinkToRemoteVpc";
+    allow_egress_from_local_vpc_to_remote_classic_link: Option<bool>, "allowEgressFromLocalVpcToRemoteClassicLink";
+}}
+
+answer! { VpcPeeringConnectionStateReason {
+    code: Option<String>, "code";
+    message: Option<String>, "message";
+}}
+
+answer! { VpcPeeringConnectionVpcInfo {
+    cidr_block: Option<String>, "cidrBlock";
+    cidr_block_set: Vec<CidrBlock>, "cidrBlockSet";
+    ipv6_cidr_block_set: Vec<Ipv6CidrBlock>, "ipv6CidrBlockSet";
+    owner_id: Option<String>, "ownerId";
+    peering_options: Option<VpcPeeringConnectionOptionsDescription>, "peeringOptions";
+    region: Option<String>, "region";
+    vpc_id: Option<String>, "vpcId";
+}}
+
 // Requests, and whether they can be tried without effect.
+requests!(AcceptVpcPeeringConnectionRequest, dry_run);
 requests!(AllocateAddressRequest, dry_run);
 requests!(AssignPrivateIpAddressesRequest, always);
 requests!(AssociateAddressRequest, dry_run);
 requests!(AssociateDhcpOptionsRequest, dry_run);
+requests!(AssociateNatGatewayAddressRequest, dry_run);
 requests!(AssociateRouteTableRequest, dry_run);
 requests!(AttachInternetGatewayRequest, dry_run);
 requests!(AttachNetworkInterfaceRequest, dry_run);
@@ -2660,6 +3009,9 @@ requests!(CreateDhcpOptionsRequest, dry_run);
 requests!(CreateInternetGatewayRequest, dry_run);
 requests!(CreateKeyPairRequest, dry_run);
 requests!(CreateManagedPrefixListRequest, dry_run);
+requests!(CreateNatGatewayRequest, dry_run);
+requests!(CreateNetworkAclEntryRequest, dry_run);
+requests!(CreateNetworkAclRequest, dry_run);
 requests!(CreateNetworkInterfaceRequest, dry_run);
 requests!(CreateRouteRequest, dry_run);
 requests!(CreateRouteTableRequest, dry_run);
@@ -2667,11 +3019,15 @@ requests!(CreateSecurityGroupRequest, dry_run);
 requests!(CreateSubnetRequest, dry_run);
 requests!(CreateTagsRequest, dry_run);
 requests!(CreateVolumeRequest, dry_run);
+requests!(CreateVpcPeeringConnectionRequest, dry_run);
 requests!(CreateVpcRequest, dry_run);
 requests!(DeleteDhcpOptionsRequest, dry_run);
 requests!(DeleteInternetGatewayRequest, dry_run);
 requests!(DeleteKeyPairRequest, dry_run);
 requests!(DeleteManagedPrefixListRequest, dry_run);
+requests!(DeleteNatGatewayRequest, dry_run);
+requests!(DeleteNetworkAclEntryRequest, dry_run);
+requests!(DeleteNetworkAclRequest, dry_run);
 requests!(DeleteNetworkInterfaceRequest, dry_run);
 requests!(DeleteRouteRequest, dry_run);
 requests!(DeleteRouteTableRequest, dry_run);
@@ -2679,6 +3035,7 @@ requests!(DeleteSecurityGroupRequest, dry_run);
 requests!(DeleteSubnetRequest, dry_run);
 requests!(DeleteTagsRequest, dry_run);
 requests!(DeleteVolumeRequest, dry_run);
+requests!(DeleteVpcPeeringConnectionRequest, dry_run);
 requests!(DeleteVpcRequest, dry_run);
 requests!(DescribeAccountAttributesRequest, dry_run);
 requests!(DescribeAddressesRequest, dry_run);
@@ -2693,23 +3050,28 @@ requests!(DescribeInstancesRequest, dry_run);
 requests!(DescribeInternetGatewaysRequest, dry_run);
 requests!(DescribeKeyPairsRequest, dry_run);
 requests!(DescribeManagedPrefixListsRequest, dry_run);
+requests!(DescribeNatGatewaysRequest, dry_run);
 requests!(DescribeNetworkAclsRequest, dry_run);
 requests!(DescribeNetworkInterfaceAttributeRequest, dry_run);
 requests!(DescribeNetworkInterfacesRequest, dry_run);
 requests!(DescribePrefixListsRequest, dry_run);
 requests!(DescribeRegionsRequest, dry_run);
 requests!(DescribeRouteTablesRequest, dry_run);
+requests!(DescribeSecurityGroupReferencesRequest, dry_run);
 requests!(DescribeSecurityGroupRulesRequest, dry_run);
 requests!(DescribeSecurityGroupsRequest, dry_run);
+requests!(DescribeStaleSecurityGroupsRequest, dry_run);
 requests!(DescribeSubnetsRequest, dry_run);
 requests!(DescribeTagsRequest, dry_run);
 requests!(DescribeVolumesRequest, dry_run);
 requests!(DescribeVpcAttributeRequest, dry_run);
+requests!(DescribeVpcPeeringConnectionsRequest, dry_run);
 requests!(DescribeVpcsRequest, dry_run);
 requests!(DetachInternetGatewayRequest, dry_run);
 requests!(DetachNetworkInterfaceRequest, dry_run);
 requests!(DetachVolumeRequest, dry_run);
 requests!(DisassociateAddressRequest, dry_run);
+requests!(DisassociateNatGatewayAddressRequest, dry_run);
 requests!(DisassociateRouteTableRequest, dry_run);
 requests!(GetConsoleOutputRequest, dry_run);
 requests!(GetManagedPrefixListAssociationsRequest, dry_run);
@@ -2722,8 +3084,12 @@ requests!(ModifyNetworkInterfaceAttributeRequest, dry_run);
 requests!(ModifySecurityGroupRulesRequest, dry_run);
 requests!(ModifySubnetAttributeRequest, always);
 requests!(ModifyVpcAttributeRequest, always);
+requests!(ModifyVpcPeeringConnectionOptionsRequest, dry_run);
 requests!(RebootInstancesRequest, dry_run);
+requests!(RejectVpcPeeringConnectionRequest, dry_run);
 requests!(ReleaseAddressRequest, dry_run);
+requests!(ReplaceNetworkAclAssociationRequest, dry_run);
+requests!(ReplaceNetworkAclEntryRequest, dry_run);
 requests!(ReplaceRouteRequest, dry_run);
 requests!(ReplaceRouteTableAssociationRequest, dry_run);
 requests!(ResetNetworkInterfaceAttributeRequest, dry_run);
@@ -2741,7 +3107,9 @@ requests!(UpdateSecurityGroupRuleDescriptionsIngressRequest, dry_run);
 // Words that a member may hold, sorted.
 pub const ACCOUNT_ATTRIBUTE_NAME: &[&str] = &["default-vpc", "supported-platforms"];
 pub const AMD_SEV_SNP_SPECIFICATION: &[&str] = &["disabled", "enabled"];
+pub const AVAILABILITY_MODE: &[&str] = &["regional", "zonal"];
 pub const CAPACITY_RESERVATION_PREFERENCE: &[&str] = &["capacity-reservations-only", "none", "open"];
+pub const CONNECTIVITY_TYPE: &[&str] = &["private", "public"];
 pub const DOMAIN_TYPE: &[&str] = &["standard", "vpc"];
 pub const HOSTNAME_TYPE: &[&str] = &["ip-name", "resource-name"];
 pub const HTTP_TOKENS_STATE: &[&str] = &["optional", "required"];
@@ -2886,6 +3254,7 @@ pub const RESOURCE_TYPE: &[&str] = &[
     "vpn-connection-device-type",
     "vpn-gateway",
 ];
+pub const RULE_ACTION: &[&str] = &["allow", "deny"];
 pub const SECONDARY_INTERFACE_TYPE: &[&str] = &["secondary"];
 pub const SHUTDOWN_BEHAVIOR: &[&str] = &["stop", "terminate"];
 pub const SPOT_INSTANCE_TYPE: &[&str] = &["one-time", "persistent"];

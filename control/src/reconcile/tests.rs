@@ -131,11 +131,11 @@ fn terminate_leaves_nothing_and_the_instance_is_visible_for_an_hour() {
     let again = bed.call(ALICE, |call| terminate_instances(call, terminate(&ids[0]))).unwrap();
     assert_eq!(again.terminating_instances[0].current_state.as_ref().unwrap().code, Some(48));
     let mut tx = bed.world.begin();
-    super::housekeep(&mut tx, bed.now.plus_ms(59 * 60 * 1000));
+    bed.core.housekeep(&mut tx, bed.now.plus_ms(59 * 60 * 1000));
     tx.commit();
     assert_eq!(bed.shape(&ids[0]).subnet_id, None);
     let mut tx = bed.world.begin();
-    super::housekeep(&mut tx, bed.now.plus_ms(61 * 60 * 1000));
+    bed.core.housekeep(&mut tx, bed.now.plus_ms(61 * 60 * 1000));
     tx.commit();
     assert_eq!(bed.read(|tx| tx.all::<Instance>().count()), 0);
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::filter::Filters;
 use super::id::{ADDRESS, ADDRESS_ASSOCIATION, INSTANCE, NETWORK_INTERFACE, unsupported};
-use super::tag;
+use super::{nat_gateway, tag};
 use crate::error::ApiError;
 use crate::model::{Address, AddressAssociation, Instance, InstanceState, InternetGateway, NetworkInterface, PublicIp, REGION, Vpc};
 use crate::shapes::{
@@ -95,6 +95,7 @@ pub fn associate_address(call: &mut Call<'_>, request: AssociateAddressRequest) 
         let message = format!("The private IP address {private_ip} is not assigned to the network interface '{}'", interface.id);
         return Err(ApiError::invalid_value(message));
     }
+    nat_gateway::check_not_managed(&call.tx, &interface.account_id, &interface.id)?;
     if call.find::<InternetGateway>("vpc", &interface.vpc_id).is_empty() {
         let message = format!("Network {} is not attached to any internet gateway", interface.vpc_id);
         return Err(ApiError::new("Gateway.NotAttached", message));
@@ -107,6 +108,7 @@ pub fn associate_address(call: &mut Call<'_>, request: AssociateAddressRequest) 
             let message = format!("resource {} is already associated with associate-id {}", address.id, association.id);
             return Err(ApiError::new("Resource.AlreadyAssociated", message));
         }
+        nat_gateway::check_not_managed(&call.tx, &address.account_id, &association.network_interface_id)?;
         disassociate(call, &address);
     }
     // Another Elastic IP of the private address gives way.
@@ -120,10 +122,16 @@ pub fn associate_address(call: &mut Call<'_>, request: AssociateAddressRequest) 
     if private_ip == interface.private_ip {
         auto_free(&mut call.tx, &interface.account_id, &interface.id);
     }
-    let id = call.tx.new_id(ADDRESS_ASSOCIATION.prefix);
-    let association = AddressAssociation { id: id.clone(), network_interface_id: interface.id.clone(), private_ip };
-    call.tx.update::<Address>(&address.account_id, &address.id, |address| address.association = Some(association));
+    let id = associate_with(&mut call.tx, &address, &interface.id, private_ip);
     Ok(AssociateAddressResult { association_id: Some(id) })
+}
+
+/// Leads an Elastic IP that is free to a private address of an interface; returns the id of the association.
+pub fn associate_with(tx: &mut Tx<'_>, address: &Address, interface_id: &str, private_ip: Ipv4Addr) -> String {
+    let id = tx.new_id(ADDRESS_ASSOCIATION.prefix);
+    let association = AddressAssociation { id: id.clone(), network_interface_id: interface_id.to_owned(), private_ip };
+    tx.update::<Address>(&address.account_id, &address.id, |address| address.association = Some(association));
+    id
 }
 
 /// The interface that a request names, or the only interface of the instance that it names.
@@ -160,7 +168,7 @@ fn target(call: &Call<'_>, instance_id: Option<String>, interface_id: Option<Str
 /// DisassociateAddress. An address without an association is left as it is.
 ///
 /// # Errors
-/// `InvalidAssociationID.NotFound`, `InvalidAddress.NotFound`.
+/// `InvalidAssociationID.NotFound`, `InvalidAddress.NotFound`, `AuthFailure` for the address of a NAT gateway.
 pub fn disassociate_address(call: &mut Call<'_>, request: DisassociateAddressRequest) -> Result<(), ApiError> {
     let address = match (request.association_id, request.public_ip) {
         (Some(_), Some(_)) => {
@@ -174,6 +182,9 @@ pub fn disassociate_address(call: &mut Call<'_>, request: DisassociateAddressReq
         (None, ip @ Some(_)) => named(call, None, ip)?,
         (None, None) => return Err(ApiError::new("MissingParameter", "Either public IP or association id must be specified")),
     };
+    if let Some(association) = &address.association {
+        nat_gateway::check_not_managed(&call.tx, &address.account_id, &association.network_interface_id)?;
+    }
     disassociate(call, &address);
     Ok(())
 }
@@ -201,6 +212,7 @@ pub fn release_address(call: &mut Call<'_>, request: ReleaseAddressRequest) -> R
     check_border_group(call.region, request.network_border_group.as_deref())?;
     let address = named(call, request.allocation_id, request.public_ip)?;
     if let Some(association) = &address.association {
+        nat_gateway::check_not_managed(&call.tx, &address.account_id, &association.network_interface_id)?;
         let interface = call.get::<NetworkInterface>(&association.network_interface_id);
         let vpc = interface.and_then(|interface| call.get::<Vpc>(&interface.vpc_id));
         if !vpc.is_some_and(|vpc| vpc.is_default) {

@@ -63,6 +63,24 @@ pub const ROUTE_TABLE_ASSOCIATION: Noun = noun(
 /// Network ACLs.
 pub const NETWORK_ACL: Noun =
     noun("acl", "network-acl", "InvalidNetworkAclId.Malformed", "InvalidNetworkAclID.NotFound", "The networkAcl ID '{}' does not exist");
+/// The association of a network ACL with a subnet; it carries no tags.
+pub const NETWORK_ACL_ASSOCIATION: Noun = noun(
+    "aclassoc",
+    "network-acl-association",
+    "InvalidAssociationID.NotFound",
+    "InvalidAssociationID.NotFound",
+    "The association ID '{}' does not exist",
+);
+/// NAT gateways.
+pub const NAT_GATEWAY: Noun = noun("nat", "natgateway", "NatGatewayMalformed", "NatGatewayNotFound", "The Nat Gateway {} was not found");
+/// VPC peering connections.
+pub const VPC_PEERING_CONNECTION: Noun = noun(
+    "pcx",
+    "vpc-peering-connection",
+    "InvalidVpcPeeringConnectionId.Malformed",
+    "InvalidVpcPeeringConnectionID.NotFound",
+    "The vpcPeeringConnection ID '{}' does not exist",
+);
 /// Security groups.
 pub const SECURITY_GROUP: Noun =
     noun("sg", "security-group", "InvalidGroupId.Malformed", "InvalidGroup.NotFound", "The security group '{}' does not exist");
@@ -133,6 +151,8 @@ pub const TAGGABLE: &[&Noun] = &[
     &VOLUME,
     &IMAGE,
     &PREFIX_LIST,
+    &NAT_GATEWAY,
+    &VPC_PEERING_CONNECTION,
 ];
 
 impl Noun {

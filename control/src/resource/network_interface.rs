@@ -22,7 +22,7 @@ pub use private_address::{Wanted, assign_private_ip_addresses, check_count as ch
 
 use super::filter::{Filters, Page};
 use super::id::{NETWORK_INTERFACE, SECURITY_GROUP};
-use super::{address, security_group, tag};
+use super::{address, nat_gateway, security_group, tag};
 use crate::error::ApiError;
 use crate::model::{ConnectionTracking, Mac, NetworkInterface, NetworkInterfaceAttachment, SecurityGroup, Subnet, Time, Vpc};
 use crate::shape::Timestamp;
@@ -101,9 +101,11 @@ pub fn remove(tx: &mut Tx<'_>, account: &str, id: &str) {
 /// An interface of the asking account that it may change.
 ///
 /// # Errors
-/// The `Malformed` or `NotFound` answer about the id.
-fn own(call: &Call<'_>, id: &str) -> Result<Arc<NetworkInterface>, ApiError> {
-    NETWORK_INTERFACE.row::<NetworkInterface>(call, id)
+/// The `Malformed` or `NotFound` answer about the id, `OperationNotPermitted` for an interface of a NAT gateway.
+pub fn own(call: &Call<'_>, id: &str) -> Result<Arc<NetworkInterface>, ApiError> {
+    let interface = NETWORK_INTERFACE.row::<NetworkInterface>(call, id)?;
+    nat_gateway::check_not_managed(&call.tx, &interface.account_id, id)?;
+    Ok(interface)
 }
 
 /// The answer about an interface that already belongs to an instance.
@@ -151,12 +153,17 @@ pub fn private_dns_name(region: &Region, ip: Ipv4Addr) -> String {
     format!("ip-{}.{}", dashed(ip), private_domain(region))
 }
 
+/// The domain of public host names.
+pub fn public_domain(region: &Region) -> String {
+    match region.name.as_str() {
+        "us-east-1" => "compute-1.amazonaws.com".to_owned(),
+        name => format!("{name}.compute.amazonaws.com"),
+    }
+}
+
 /// The public host name of an address: `ec2-198-51-100-7.compute-1.amazonaws.com`.
 pub fn public_dns_name(region: &Region, ip: Ipv4Addr) -> String {
-    match region.name.as_str() {
-        "us-east-1" => format!("ec2-{}.compute-1.amazonaws.com", dashed(ip)),
-        name => format!("ec2-{}.{name}.compute.amazonaws.com", dashed(ip)),
-    }
+    format!("ec2-{}.{}", dashed(ip), public_domain(region))
 }
 
 fn dashed(ip: Ipv4Addr) -> String {
@@ -253,29 +260,37 @@ fn passes(call: &Call<'_>, filters: &Filters, interface: &NetworkInterface) -> b
         "attachment.device-index" => attached(&|attachment| test(&attachment.device_index.to_string())),
         "attachment.instance-id" => attached(&|attachment| test(&attachment.instance_id)),
         "attachment.instance-owner-id" => attached(&|_| test(&interface.account_id)),
+        "attachment.status" if managed(call, interface) => test("attached"),
         "attachment.status" => attached(&|attachment| test(attachment.state.name())),
         "availability-zone" => test(&interface.zone),
         "availability-zone-id" => call.region.zone(&interface.zone).is_some_and(|zone| test(&zone.id)),
         "description" => test(&interface.description),
         "group-id" => interface.security_group_ids.iter().any(|id| test(id)),
         "group-name" => groups(&call.tx, interface).into_iter().any(|group| some(group.group_name, test)),
-        "interface-type" => test("interface"),
+        "interface-type" => test(if managed(call, interface) { "nat_gateway" } else { "interface" }),
         "mac-address" => test(&interface.mac.to_string()),
         "network-interface-id" => test(&interface.id),
-        "operator.managed" | "requester-managed" => test("false"),
+        "operator.managed" => test("false"),
+        "requester-managed" => test(flag(managed(call, interface))),
+        "requester-id" => managed(call, interface) && test(&interface.account_id),
         "owner-id" => test(&interface.account_id),
         "private-dns-name" => test(&private_dns_name(call.region, interface.private_ip)),
         "source-dest-check" => test(flag(interface.source_dest_check)),
-        "status" => test(status(interface)),
+        "status" => test(status(call, interface)),
         "subnet-id" => test(&interface.subnet_id),
         "vpc-id" => test(&interface.vpc_id),
-        // No interface has an IPv6 address, a requester or an operator.
+        // No interface has an IPv6 address or an operator.
         _ => false,
     })
 }
 
-fn status(interface: &NetworkInterface) -> &'static str {
-    if interface.attachment.is_some() { "in-use" } else { "available" }
+fn status(call: &Call<'_>, interface: &NetworkInterface) -> &'static str {
+    if interface.attachment.is_some() || managed(call, interface) { "in-use" } else { "available" }
+}
+
+/// Whether an interface belongs to a NAT gateway.
+fn managed(call: &Call<'_>, interface: &NetworkInterface) -> bool {
+    nat_gateway::of_interface(&call.tx, &interface.account_id, &interface.id).is_some()
 }
 
 /// The public side of an interface's primary address, if it has one.
@@ -317,6 +332,7 @@ fn attachment_shape(interface: &NetworkInterface) -> Option<shapes::NetworkInter
 }
 
 fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterface {
+    let managed = managed(call, interface);
     let association = association(call, interface);
     let private_dns_name = private_dns_name(call.region, interface.private_ip);
     let address = |ip: Ipv4Addr| NetworkInterfacePrivateIpAddress {
@@ -334,7 +350,7 @@ fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterf
         owner_id: Some(interface.account_id.clone()),
         description: Some(interface.description.clone()),
         groups: groups(&call.tx, interface),
-        interface_type: Some("interface".into()),
+        interface_type: Some(if managed { "nat_gateway" } else { "interface" }.into()),
         mac_address: Some(interface.mac.to_string()),
         private_ip_address: Some(interface.private_ip.to_string()),
         private_dns_name: Some(private_dns_name),
@@ -343,9 +359,10 @@ fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterf
         association,
         attachment: attachment_shape(interface),
         connection_tracking_configuration: attribute::tracking_shape(interface.connection_tracking),
-        requester_managed: Some(false),
+        requester_id: managed.then(|| interface.account_id.clone()),
+        requester_managed: Some(managed),
         source_dest_check: Some(interface.source_dest_check),
-        status: Some(status(interface).to_owned()),
+        status: Some(status(call, interface).to_owned()),
         tag_set: tag::shapes(&tag::of(&call.tx, &interface.account_id, &interface.id)),
         ..Default::default()
     }

@@ -18,10 +18,10 @@ pub use change::{
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use super::filter::{Filters, Page};
-use super::id::{PREFIX_LIST, SECURITY_GROUP_RULE, unsupported};
-use super::{prefix_list, security_group, tag};
+use super::id::{PREFIX_LIST, SECURITY_GROUP_RULE};
+use super::{prefix_list, security_group, tag, vpc_peering_connection};
 use crate::error::ApiError;
-use crate::model::{AddressFamily, PrefixList, RuleRemote, SecurityGroup, SecurityGroupRule};
+use crate::model::{AddressFamily, PrefixList, RulePeering, RuleRemote, SecurityGroup, SecurityGroupRule};
 use crate::shapes::{
     self, AuthorizeSecurityGroupEgressRequest, AuthorizeSecurityGroupEgressResult, AuthorizeSecurityGroupIngressRequest,
     AuthorizeSecurityGroupIngressResult, DescribeSecurityGroupRulesRequest, DescribeSecurityGroupRulesResult, IpPermission, IpRange,
@@ -359,29 +359,67 @@ fn malformed_cidr(text: &str) -> ApiError {
     ApiError::invalid_value(format!("CIDR block {text} is malformed"))
 }
 
-/// The group of a remote side: of this account and of the same VPC, by id or by name.
+/// The group of a remote side, by id or by name: of the same VPC, or of one that it is peered with.
 fn parse_group(call: &Call<'_>, group: &SecurityGroup, pair: &UserIdGroupPair) -> Result<RuleRemote, ApiError> {
-    unsupported(&[("VpcPeeringConnectionId", pair.vpc_peering_connection_id.is_some())])?;
-    let own = pair.user_id.as_deref().is_none_or(|user| user == group.account_id);
+    let owner = pair.user_id.as_deref().filter(|user| !user.is_empty()).unwrap_or(&group.account_id);
     let not_found = |name: &str| ApiError::new("InvalidGroup.NotFound", format!("The security group '{name}' does not exist"));
+    // What a rule of the group names already may be named again, also when it is stale.
+    let names = |remote: &&RuleRemote| match remote {
+        RuleRemote::Group { account_id, group_id, .. } => pair.group_id.as_ref() == Some(group_id) && account_id == owner,
+        _ => false,
+    };
+    if let Some(remote) = group.rules.iter().map(|rule| &rule.remote).find(names) {
+        return Ok(remote.clone());
+    }
     let remote: Arc<SecurityGroup> = match (pair.group_id.as_deref(), pair.group_name.as_deref()) {
-        (Some(id), _) if !own => return Err(not_found(id)),
-        (Some(id), _) => super::id::SECURITY_GROUP.row(call, id)?,
+        (Some(id), _) if owner == group.account_id => super::id::SECURITY_GROUP.row(call, id)?,
+        (Some(id), _) => {
+            super::id::SECURITY_GROUP.check(id)?;
+            let foreign = call.tx.get::<SecurityGroup>(owner, id);
+            // A group of another account exists for those that are peered with its VPC.
+            let reachable = |other: &Arc<SecurityGroup>| vpc_peering_connection::between(&call.tx, &group.vpc_id, &other.vpc_id).is_some();
+            foreign.filter(reachable).ok_or_else(|| not_found(id))?
+        }
         (None, Some(name)) => {
             let siblings = call.find::<SecurityGroup>("vpc", &group.vpc_id);
-            let found = siblings.into_iter().find(|other| own && other.name.eq_ignore_ascii_case(name));
+            let found = siblings.into_iter().find(|other| owner == group.account_id && other.name.eq_ignore_ascii_case(name));
             found.ok_or_else(|| not_found(name))?
         }
         (None, None) => return Err(ApiError::new("MissingParameter", "A source security group needs a groupId or a groupName")),
     };
-    if remote.vpc_id != group.vpc_id || pair.vpc_id.as_ref().is_some_and(|vpc_id| *vpc_id != remote.vpc_id) {
+    let peering = if remote.vpc_id == group.vpc_id {
+        None
+    } else {
+        let connection = vpc_peering_connection::between(&call.tx, &group.vpc_id, &remote.vpc_id);
+        connection.map(|connection| RulePeering { vpc_id: remote.vpc_id.clone(), vpc_peering_connection_id: connection.id.clone() })
+    };
+    let via = peering.as_ref().map(|peering| &peering.vpc_peering_connection_id);
+    let reachable = remote.vpc_id == group.vpc_id || peering.is_some();
+    if !reachable
+        || pair.vpc_id.as_ref().is_some_and(|vpc_id| *vpc_id != remote.vpc_id)
+        || pair.vpc_peering_connection_id.as_ref().is_some_and(|id| Some(id) != via)
+    {
         return Err(ApiError::new("InvalidGroup.NotFound", "You have specified two resources that belong to different networks."));
     }
-    Ok(RuleRemote::Group { account_id: remote.account_id.clone(), group_id: remote.id.clone() })
+    Ok(RuleRemote::Group { account_id: remote.account_id.clone(), group_id: remote.id.clone(), peering })
+}
+
+/// How a rule of a group of `vpc_id` shows the way to a group of another VPC: the VPC, the connection and its state. The newest
+/// active connection counts; without one it is the connection that the rule was made over.
+pub fn peering_shape(tx: &Tx<'_>, vpc_id: &str, peering: &RulePeering) -> (String, String, String) {
+    let (id, state) = match vpc_peering_connection::between(tx, vpc_id, &peering.vpc_id) {
+        Some(active) => (active.id.clone(), active.state.name()),
+        None => {
+            let id = peering.vpc_peering_connection_id.clone();
+            let state = vpc_peering_connection::state_name(tx, &id);
+            (id, state)
+        }
+    };
+    (peering.vpc_id.clone(), id, state.to_owned())
 }
 
 /// A protocol by its name or its number; `-1` is every protocol.
-fn parse_protocol(text: Option<&str>) -> Result<Option<u8>, ApiError> {
+pub(super) fn parse_protocol(text: Option<&str>) -> Result<Option<u8>, ApiError> {
     let Some(text) = text.filter(|text| !text.is_empty()) else {
         return Err(ApiError::missing_parameter("IpProtocol"));
     };
@@ -494,9 +532,15 @@ fn shape(call: &Call<'_>, group: &SecurityGroup, rule: &SecurityGroupRule) -> sh
         RuleRemote::Ipv4(cidr) => shape.cidr_ipv4 = Some(cidr.to_string()),
         RuleRemote::Ipv6(cidr) => shape.cidr_ipv6 = Some(cidr.to_string()),
         RuleRemote::PrefixList(id) => shape.prefix_list_id = Some(id.clone()),
-        RuleRemote::Group { account_id, group_id } => {
-            let (group_id, user_id) = (Some(group_id.clone()), Some(account_id.clone()));
-            shape.referenced_group_info = Some(ReferencedSecurityGroup { group_id, user_id, ..Default::default() });
+        RuleRemote::Group { account_id, group_id, peering } => {
+            let peering = peering.as_ref().map(|peering| peering_shape(&call.tx, &group.vpc_id, peering));
+            shape.referenced_group_info = Some(ReferencedSecurityGroup {
+                group_id: Some(group_id.clone()),
+                user_id: Some(account_id.clone()),
+                vpc_id: peering.as_ref().map(|(vpc_id, _, _)| vpc_id.clone()),
+                vpc_peering_connection_id: peering.as_ref().map(|(_, id, _)| id.clone()),
+                peering_status: peering.map(|(_, _, state)| state),
+            });
         }
     }
     shape
@@ -571,7 +615,7 @@ mod tests {
         let stored: Vec<_> = rules(&fixture, &id, false).into_iter().map(|rule| rule.remote).collect();
         assert_eq!(stored[0], RuleRemote::Ipv4("10.0.0.0/8".parse().unwrap()));
         assert_eq!(stored[2], RuleRemote::Ipv6("2001:db8::/32".parse().unwrap()));
-        assert_eq!(stored[3], RuleRemote::Group { account_id: ALICE.into(), group_id: other });
+        assert_eq!(stored[3], RuleRemote::Group { account_id: ALICE.into(), group_id: other, peering: None });
         let request = shapes::DescribeSecurityGroupsRequest { group_ids: vec![id], ..Default::default() };
         let shown = fixture.call(ALICE, |call| security_group::describe_security_groups(call, request)).unwrap();
         let [joined] = shown.security_groups[0].ip_permissions.as_slice() else { panic!() };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::ApiError;
 use crate::model::{ConnectionTracking, NetworkInterface, SecurityGroup, Subnet};
-use crate::resource::id::{NETWORK_INTERFACE, SUBNET, unsupported};
+use crate::resource::id::{SUBNET, unsupported};
 use crate::resource::instance_type::InstanceType;
 use crate::resource::network_interface::{self, Wanted};
 use crate::resource::vpc;
@@ -222,7 +222,7 @@ fn existing(
             "A network interface ID may not be specified together with properties of a new interface",
         ));
     }
-    let interface = NETWORK_INTERFACE.row::<NetworkInterface>(call, id)?;
+    let interface = network_interface::own(call, id)?;
     if interface.attachment.is_some() {
         return Err(network_interface::in_use(id));
     }
