@@ -31,7 +31,15 @@ fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
     let rule = rule.need("securityGroupRuleId");
     let list = [("PrefixListName", "offices"), ("AddressFamily", "IPv4"), ("MaxEntries", "2"), ("Entry.1.Cidr", "192.0.2.0/24")];
     let prefixes = region.call("CreateManagedPrefixList", &list).need("prefixListId");
+    let acl = region.call("CreateNetworkAcl", &[("VpcId", &vpc)]).need("networkAclId");
+    let filtered = one("DescribeNetworkAcls", "networkAclAssociationId");
+    let nat = region.call("CreateNatGateway", &[("SubnetId", &subnet), ("AllocationId", &allocation)]).need("natGatewayId");
+    let other_vpc = region.call("CreateVpc", &[("CidrBlock", "10.77.0.0/16")]).need("vpcId");
+    let peering = region.call("CreateVpcPeeringConnection", &[("VpcId", &vpc), ("PeerVpcId", &other_vpc)]).need("vpcPeeringConnectionId");
     let stranger = region.account();
+    let own = |action: &str, name: &str| region.try_call_as(&stranger, action, &[]).expect("an own list").need(name);
+    let (own_vpc, own_subnet, own_table) =
+        (own("DescribeVpcs", "vpcId"), own("DescribeSubnets", "subnetId"), own("DescribeRouteTables", "routeTableId"));
 
     // Lists: nothing of the first account; public images are for everybody.
     let list = |action: &str| region.try_call_as(&stranger, action, &[]).unwrap_or_else(|refusal| panic!("{action}: {refusal:?}")).0;
@@ -51,11 +59,12 @@ fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
         "DescribeNetworkAcls",
         "DescribeManagedPrefixLists",
         "DescribeDhcpOptions",
+        "DescribeNatGateways",
+        "DescribeVpcPeeringConnections",
     ] {
         let answer = list(action);
-        for id in
-            [&instance, &vpc, &subnet, &table, &gateway, &interface, &volume, &group, &allocation, &options, &attachment, &rule, &prefixes]
-        {
+        let first = [&instance, &vpc, &subnet, &table, &gateway, &interface, &volume, &group, &allocation, &options, &attachment, &rule];
+        for id in first.into_iter().chain([&prefixes, &acl, &nat, &peering]) {
             assert!(!answer.contains(id.as_str()), "{action} shows {id} to a stranger");
         }
     }
@@ -152,6 +161,67 @@ fn a_second_account_meets_every_foreign_id_as_an_unknown_one() {
         ("DescribeDhcpOptions", vec![("DhcpOptionsId.1", "@")], &options),
         ("AssociateDhcpOptions", vec![("DhcpOptionsId", "default"), ("VpcId", "@")], &vpc),
         ("DeleteDhcpOptions", vec![("DhcpOptionsId", "@")], &options),
+        ("CreateNetworkAcl", vec![("VpcId", "@")], &vpc),
+        ("DescribeNetworkAcls", vec![("NetworkAclId.1", "@")], &acl),
+        ("DeleteNetworkAcl", vec![("NetworkAclId", "@")], &acl),
+        ("DeleteNetworkAclEntry", vec![("NetworkAclId", "@"), ("RuleNumber", "100"), ("Egress", "false")], &acl),
+        (
+            "CreateNetworkAclEntry",
+            vec![
+                ("NetworkAclId", "@"),
+                ("RuleNumber", "100"),
+                ("Protocol", "-1"),
+                ("RuleAction", "allow"),
+                ("Egress", "false"),
+                ("CidrBlock", "0.0.0.0/0"),
+            ],
+            &acl,
+        ),
+        (
+            "ReplaceNetworkAclEntry",
+            vec![
+                ("NetworkAclId", "@"),
+                ("RuleNumber", "100"),
+                ("Protocol", "-1"),
+                ("RuleAction", "deny"),
+                ("Egress", "false"),
+                ("CidrBlock", "0.0.0.0/0"),
+            ],
+            &acl,
+        ),
+        ("ReplaceNetworkAclAssociation", vec![("AssociationId", "@"), ("NetworkAclId", "acl-0123456789abcdef0")], &filtered),
+        ("CreateNatGateway", vec![("SubnetId", "@"), ("AllocationId", "eipalloc-0123456789abcdef0")], &subnet),
+        ("CreateNatGateway", vec![("SubnetId", &own_subnet), ("AllocationId", "@")], &allocation),
+        ("DescribeNatGateways", vec![("NatGatewayId.1", "@")], &nat),
+        ("DeleteNatGateway", vec![("NatGatewayId", "@")], &nat),
+        ("AssociateNatGatewayAddress", vec![("NatGatewayId", "@"), ("AllocationId.1", "eipalloc-0123456789abcdef0")], &nat),
+        ("DisassociateNatGatewayAddress", vec![("NatGatewayId", "@"), ("AssociationId.1", "eipassoc-0123456789abcdef0")], &nat),
+        ("CreateRoute", vec![("RouteTableId", &own_table), ("DestinationCidrBlock", "10.9.0.0/16"), ("NatGatewayId", "@")], &nat),
+        (
+            "CreateRoute",
+            vec![("RouteTableId", &own_table), ("DestinationCidrBlock", "10.9.0.0/16"), ("NetworkInterfaceId", "@")],
+            &interface,
+        ),
+        (
+            "CreateRoute",
+            vec![("RouteTableId", &own_table), ("DestinationCidrBlock", "10.9.0.0/16"), ("VpcPeeringConnectionId", "@")],
+            &peering,
+        ),
+        ("CreateVpcPeeringConnection", vec![("VpcId", "@"), ("PeerVpcId", &own_vpc)], &vpc),
+        ("CreateVpcPeeringConnection", vec![("VpcId", &own_vpc), ("PeerVpcId", "@")], &vpc),
+        ("AcceptVpcPeeringConnection", vec![("VpcPeeringConnectionId", "@")], &peering),
+        ("RejectVpcPeeringConnection", vec![("VpcPeeringConnectionId", "@")], &peering),
+        ("DeleteVpcPeeringConnection", vec![("VpcPeeringConnectionId", "@")], &peering),
+        ("DescribeVpcPeeringConnections", vec![("VpcPeeringConnectionId.1", "@")], &peering),
+        (
+            "ModifyVpcPeeringConnectionOptions",
+            vec![("VpcPeeringConnectionId", "@"), ("RequesterPeeringConnectionOptions.AllowDnsResolutionFromRemoteVpc", "true")],
+            &peering,
+        ),
+        ("CreateTags", vec![("ResourceId.1", "@"), ("Tag.1.Key", "k"), ("Tag.1.Value", "v")], &nat),
+        ("CreateTags", vec![("ResourceId.1", "@"), ("Tag.1.Key", "k"), ("Tag.1.Value", "v")], &peering),
+        ("DescribeStaleSecurityGroups", vec![("VpcId", "@")], &vpc),
+        ("DescribeSecurityGroupReferences", vec![("GroupId.1", "@")], &group),
     ];
     for (action, parameters, id) in &cases {
         let with = |id: &str| {

@@ -163,7 +163,7 @@ pub(super) fn objects(tx: &Tx<'_>, region: &Region, networks: &mut Networks, car
 }
 
 /// Whether an interface is on its way out of its instance.
-fn is_leaving(interface: &NetworkInterface) -> bool {
+pub(super) fn is_leaving(interface: &NetworkInterface) -> bool {
     interface.attachment.as_ref().is_some_and(|attachment| attachment.state == AttachmentState::Detaching)
 }
 
@@ -358,6 +358,11 @@ fn remote_groups(port: &card::Port) -> impl Iterator<Item = String> {
     })
 }
 
+/// The IPv4 addresses among the values of an option.
+fn addresses(values: &[String]) -> Vec<u32> {
+    values.iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect()
+}
+
 fn dhcp(tx: &Tx<'_>, region: &Region, vpc: &Vpc, interface: &NetworkInterface) -> card::Dhcp {
     let name = network_interface::private_dns_name(region, interface.private_ip);
     let hostname = name.split('.').next().unwrap_or_default();
@@ -367,7 +372,7 @@ fn dhcp(tx: &Tx<'_>, region: &Region, vpc: &Vpc, interface: &NetworkInterface) -
         hostname: hostname.to_owned(),
         domain: values("domain-name").join(" "),
         dns: values("domain-name-servers").iter().filter_map(|server| name_server(vpc, server)).collect(),
-        ntp: values("ntp-servers").iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect(),
+        ntp: addresses(&values("ntp-servers")),
     }
 }
 

@@ -46,8 +46,8 @@ pub(super) fn cards(tx: &Tx<'_>, dirty: &Dirty) -> BTreeSet<String> {
             Vpc::KIND => touch.vpc(id),
             DhcpOptions::KIND => tx.find::<Vpc>(account, "dhcp", id).iter().for_each(|vpc| touch.vpc(&vpc.id)),
             PrefixList::KIND => {
-                tx.find::<SecurityGroup>(account, "prefix_list", id).iter().for_each(|group| touch.vpc(&group.vpc_id));
                 tx.find::<RouteTable>(account, "prefix_list", id).iter().for_each(|table| touch.vpc(&table.vpc_id));
+                tx.find::<SecurityGroup>(account, "prefix_list", id).iter().for_each(|group| touch.vpc(&group.vpc_id));
             }
             // Who may connect to a volume follows from where its instance is.
             Instance::KIND => {

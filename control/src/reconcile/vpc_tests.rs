@@ -106,7 +106,7 @@ fn a_nat_gateway_is_available_when_its_card_says_so_and_every_card_of_the_vpc_fi
     };
     for card in [CARD_A, CARD_A2, CARD_B] {
         let mapping = mapped(&bed, card).unwrap();
-        assert_eq!((mapping.underlay_ipv4, mapping.forwards), (u32::from_be_bytes([10, 255, 0, 3]), true), "{card}");
+        assert_eq!((mapping.underlay_ipv4, mapping.forwards), (u32::from_be_bytes([10, 255, 0, 3]), false), "{card}");
         assert_eq!(mapping.mac, told.mac);
     }
     let through = CreateRouteRequest { nat_gateway_id: Some(id.clone()), ..route(&bed, ALICE, &row.vpc_id, "198.18.0.0/15") };

@@ -166,12 +166,19 @@ fn furnish(
         let message = "Subnet has insufficient free addresses to create this NAT gateway";
         return Ok(Some(reason("InsufficientFreeAddressesInSubnet", message)));
     }
+    let named: Vec<Ipv4Addr> = claims.iter().skip(1).filter_map(|claim| claim.private_ip).collect();
+    let addresses = Wanted {
+        primary: claims.first().and_then(|claim| claim.private_ip),
+        // The named ones come first among the claims, so that the order of the addresses is theirs.
+        more: claims.len().saturating_sub(1).saturating_sub(named.len()),
+        secondary: named,
+    };
     let interface = network_interface::insert(
         &mut call.tx,
         call.now,
         NewInterface {
             subnet,
-            addresses: Wanted { primary: claims.first().and_then(|claim| claim.private_ip), ..Wanted::default() },
+            addresses,
             security_group_ids: Vec::new(),
             description: format!("Interface for NAT Gateway {}", gateway.id),
             attachment: None,
@@ -182,12 +189,9 @@ fn furnish(
     // What it forwards is from and to others.
     call.tx.update::<NetworkInterface>(&interface.account_id, &interface.id, |interface| interface.source_dest_check = false);
     gateway.network_interface_id = Some(interface.id.clone());
-    for (index, (address, claim)) in elastic.iter().zip(claims).enumerate() {
-        let private_ip = if index == 0 { interface.private_ip } else { subnet::free_address(&mut call.tx, subnet, claim.private_ip)? };
+    for (address, private_ip) in elastic.iter().zip(interface.private_ips()) {
         let taken = take(call, &interface.id, address, private_ip);
         gateway.addresses.push(taken);
-        // The next search has to see what is taken.
-        call.tx.put(gateway.clone());
     }
     Ok(None)
 }

@@ -101,8 +101,8 @@ pub fn remove(tx: &mut Tx<'_>, account: &str, id: &str) {
 /// An interface of the asking account that it may change.
 ///
 /// # Errors
-/// The `Malformed` or `NotFound` answer about the id, `OperationNotPermitted` for an interface of a NAT gateway.
-pub fn own(call: &Call<'_>, id: &str) -> Result<Arc<NetworkInterface>, ApiError> {
+/// The `Malformed` or `NotFound` answer about the id, `AuthFailure` for one that a NAT gateway manages.
+pub(super) fn own(call: &Call<'_>, id: &str) -> Result<Arc<NetworkInterface>, ApiError> {
     let interface = NETWORK_INTERFACE.row::<NetworkInterface>(call, id)?;
     nat_gateway::check_not_managed(&call.tx, &interface.account_id, id)?;
     Ok(interface)

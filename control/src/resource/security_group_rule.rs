@@ -533,14 +533,15 @@ fn shape(call: &Call<'_>, group: &SecurityGroup, rule: &SecurityGroupRule) -> sh
         RuleRemote::Ipv6(cidr) => shape.cidr_ipv6 = Some(cidr.to_string()),
         RuleRemote::PrefixList(id) => shape.prefix_list_id = Some(id.clone()),
         RuleRemote::Group { account_id, group_id, peering } => {
-            let peering = peering.as_ref().map(|peering| peering_shape(&call.tx, &group.vpc_id, peering));
-            shape.referenced_group_info = Some(ReferencedSecurityGroup {
-                group_id: Some(group_id.clone()),
-                user_id: Some(account_id.clone()),
-                vpc_id: peering.as_ref().map(|(vpc_id, _, _)| vpc_id.clone()),
-                vpc_peering_connection_id: peering.as_ref().map(|(_, id, _)| id.clone()),
-                peering_status: peering.map(|(_, _, state)| state),
-            });
+            let mut referenced =
+                ReferencedSecurityGroup { group_id: Some(group_id.clone()), user_id: Some(account_id.clone()), ..Default::default() };
+            if let Some(peering) = peering {
+                let (vpc_id, connection_id, state) = peering_shape(&call.tx, &group.vpc_id, peering);
+                referenced.vpc_id = Some(vpc_id);
+                referenced.vpc_peering_connection_id = Some(connection_id);
+                referenced.peering_status = Some(state);
+            }
+            shape.referenced_group_info = Some(referenced);
         }
     }
     shape

@@ -14,7 +14,7 @@ use super::filter::{Filters, Page};
 use super::id::{SUBNET, VPC, unsupported};
 use super::{network_acl, tag, vpc};
 use crate::error::ApiError;
-use crate::model::{NatGateway, NetworkAcl, NetworkInterface, RouteTable, Subnet, Time, Vpc};
+use crate::model::{NetworkAcl, NetworkInterface, RouteTable, Subnet, Time, Vpc};
 use crate::shapes::{
     self, CreateSubnetRequest, CreateSubnetResult, DeleteSubnetRequest, DescribeSubnetsRequest, DescribeSubnetsResult,
     ModifySubnetAttributeRequest, PrivateDnsNameOptionsOnLaunch,
@@ -266,32 +266,14 @@ pub fn modify_subnet_attribute(call: &mut Call<'_>, request: ModifySubnetAttribu
 
 /// How many addresses of a subnet are free.
 pub fn available(tx: &Tx<'_>, subnet: &Subnet) -> u32 {
-    let used = used(tx, subnet).len();
-    size(subnet).saturating_sub(RESERVED).saturating_sub(u32::try_from(used).unwrap_or(u32::MAX))
-}
-
-/// The addresses of a subnet that are taken: those of interfaces, and the further ones of NAT gateways.
-fn used(tx: &Tx<'_>, subnet: &Subnet) -> BTreeSet<Ipv4Addr> {
     let interfaces = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id);
-    let mut used: BTreeSet<Ipv4Addr> = interfaces.iter().flat_map(|interface| interface.private_ips()).collect();
-    // The addresses of a gateway without an interface are only remembered.
-    let gateways = tx.find::<NatGateway>(&subnet.account_id, "subnet", &subnet.id);
-    let held = gateways.iter().filter(|gateway| gateway.network_interface_id.is_some());
-    used.extend(held.flat_map(|gateway| gateway.addresses.iter().filter_map(|address| address.private_ip)));
-    used
+    let used: usize = interfaces.iter().map(|interface| interface.private_ips().count()).sum();
+    size(subnet).saturating_sub(RESERVED).saturating_sub(u32::try_from(used).unwrap_or(u32::MAX))
 }
 
 /// Addresses of a subnet, reserved ones included; at most 65,536.
 fn size(subnet: &Subnet) -> u32 {
     1u32.checked_shl(u32::from(32u8.saturating_sub(subnet.cidr.prefix_len()))).unwrap_or(u32::MAX)
-}
-
-/// One free address of a subnet: the asked-for one, or any.
-///
-/// # Errors
-/// Those of [`free_addresses`].
-pub fn free_address(tx: &mut Tx<'_>, subnet: &Subnet, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, ApiError> {
-    free_addresses(tx, subnet, &[wanted])?.into_iter().next().ok_or_else(ApiError::internal)
 }
 
 /// Free addresses of a subnet: the asked-for ones, and for each `None` any. The search begins at a random place, so that the address
@@ -301,7 +283,8 @@ pub fn free_address(tx: &mut Tx<'_>, subnet: &Subnet, wanted: Option<Ipv4Addr>) 
 /// `InvalidParameterValue` for an address outside the subnet or a reserved one, `InvalidIPAddress.InUse` for a taken one,
 /// `InsufficientFreeAddressesInSubnet` when all are taken.
 pub fn free_addresses(tx: &mut Tx<'_>, subnet: &Subnet, wanted: &[Option<Ipv4Addr>]) -> Result<Vec<Ipv4Addr>, ApiError> {
-    let mut used = used(tx, subnet);
+    let interfaces = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id);
+    let mut used: BTreeSet<Ipv4Addr> = interfaces.iter().flat_map(|interface| interface.private_ips()).collect();
     let first = u32::from(subnet.cidr.network());
     // What is asked for comes first, so that no free choice takes it.
     for ip in wanted.iter().flatten().copied() {

@@ -81,17 +81,18 @@ fn ports(tx: &Tx<'_>, vpc: &Vpc) -> Ports {
         if underlay.is_unspecified() {
             continue;
         }
-        for private_ip in interface.private_ips() {
-            let private_ipv4 = u32::from(private_ip);
+        // Of a gateway only the address that routes lead to is anybody's neighbour.
+        let secondary = interface.secondary_ips.iter().copied().filter(|_| interface.attachment.is_some());
+        for private_ip in std::iter::once(interface.private_ip).chain(secondary) {
             ports.mappings.push(card::Mapping {
-                private_ipv4,
+                private_ipv4: private_ip.into(),
                 mac: interface.mac.0.to_vec(),
                 underlay_ipv4: underlay.into(),
                 forwards,
                 public_ipv4: address::public_ip_of(tx, &interface, private_ip).map_or(0, u32::from),
             });
             for group in &interface.security_group_ids {
-                ports.members.entry(group.clone()).or_default().insert(private_ipv4);
+                ports.members.entry(group.clone()).or_default().insert(private_ip.into());
             }
         }
     }
@@ -99,10 +100,11 @@ fn ports(tx: &Tx<'_>, vpc: &Vpc) -> Ports {
     ports
 }
 
-/// The card that an interface is on, and whether what comes from it may have any source.
+/// The card that an interface is on, and whether that is believed for any source. A NAT gateway's is believed for the internet as far
+/// as routes lead there through it, which cards see for themselves.
 fn place(tx: &Tx<'_>, interface: &NetworkInterface) -> Option<(String, bool)> {
     let account = interface.account_id.as_str();
-    if let Some(attachment) = &interface.attachment {
+    if let Some(attachment) = interface.attachment.as_ref() {
         if is_leaving(interface) {
             return None;
         }
@@ -110,7 +112,7 @@ fn place(tx: &Tx<'_>, interface: &NetworkInterface) -> Option<(String, bool)> {
         return Some((owner.placement.as_ref()?.card_id.clone(), !interface.source_dest_check));
     }
     let gateway = nat_gateway::of_interface(tx, account, &interface.id).filter(|gateway| wants_gateway(gateway))?;
-    Some((gateway.card_id.clone()?, !interface.source_dest_check))
+    Some((gateway.card_id.clone()?, false))
 }
 
 /// The VPC's own name server, if it wants one.

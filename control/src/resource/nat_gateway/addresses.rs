@@ -2,7 +2,7 @@
 
 use super::{MOST_ADDRESSES, address_shapes, claims, take, too_many_addresses};
 use crate::error::ApiError;
-use crate::model::{Address, NatGateway, NatGatewayAddress, NatGatewayAddressState, NatGatewayState, Subnet};
+use crate::model::{Address, NatGateway, NatGatewayAddress, NatGatewayAddressState, NatGatewayState, NetworkInterface, Subnet};
 use crate::resource::id::{ADDRESS, NAT_GATEWAY};
 use crate::resource::subnet;
 use crate::shapes::{
@@ -43,18 +43,19 @@ pub fn associate_nat_gateway_address(
     let subnet = call.get::<Subnet>(&gateway.subnet_id).ok_or_else(ApiError::internal)?;
     let interface_id = gateway.network_interface_id.clone().ok_or_else(ApiError::internal)?;
     let old = gateway.addresses.len();
-    for claim in claims {
+    let wanted: Vec<_> = claims.iter().map(|claim| claim.private_ip).collect();
+    let private_ips = subnet::free_addresses(&mut call.tx, &subnet, &wanted)?;
+    for (claim, private_ip) in claims.iter().zip(&private_ips) {
         let elastic = ADDRESS.row::<Address>(call, &claim.allocation_id)?;
         if let Some(association) = &elastic.association {
             let message = format!("resource {} is already associated with associate-id {}", elastic.id, association.id);
             return Err(ApiError::new("Resource.AlreadyAssociated", message));
         }
-        let private_ip = subnet::free_address(&mut call.tx, &subnet, claim.private_ip)?;
-        let taken = take(call, &interface_id, &elastic, private_ip);
+        let taken = take(call, &interface_id, &elastic, *private_ip);
         gateway.addresses.push(taken);
-        // The next search has to see what is taken.
-        call.tx.put(gateway.clone());
     }
+    call.tx.update::<NetworkInterface>(&gateway.account_id, &interface_id, |interface| interface.secondary_ips.extend(private_ips));
+    call.tx.put(gateway.clone());
     let added = gateway.addresses.get(old..).unwrap_or_default();
     let nat_gateway_addresses = address_shapes(&gateway, added);
     Ok(AssociateNatGatewayAddressResult { nat_gateway_id: Some(gateway.id), nat_gateway_addresses })

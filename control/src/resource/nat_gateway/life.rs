@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use crate::model::{Address, NatGateway, NatGatewayAddressState, NatGatewayState, StateReason, Time};
+use crate::model::{Address, NatGateway, NatGatewayAddressState, NatGatewayState, NetworkInterface, StateReason, Time};
 use crate::placement;
 use crate::resource::{network_interface, tag};
 use crate::world::Tx;
@@ -50,6 +50,11 @@ pub(crate) fn ready(tx: &mut Tx<'_>, row: &NatGateway) {
     }
     for gone in row.addresses.iter().filter(|address| address.state == NatGatewayAddressState::Disassociating) {
         tx.update::<Address>(&row.account_id, &gone.allocation_id, |address| address.association = None);
+        if let (Some(interface_id), Some(private_ip)) = (&row.network_interface_id, gone.private_ip) {
+            tx.update::<NetworkInterface>(&row.account_id, interface_id, |interface| {
+                interface.secondary_ips.retain(|ip| *ip != private_ip);
+            });
+        }
     }
     tx.put(new);
 }

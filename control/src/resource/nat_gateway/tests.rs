@@ -189,7 +189,7 @@ fn secondary_addresses_have_private_ones_of_their_own_and_come_and_go() {
     };
     let id = create(&fixture, request).nat_gateway_id.unwrap();
     assert_eq!(available(), before - 2);
-    let wanted = || fixture.call(ALICE, |call| subnet::free_address(&mut call.tx, &subnet, Some(Ipv4Addr::new(172, 31, 0, 77))));
+    let wanted = || fixture.call(ALICE, |call| subnet::free_addresses(&mut call.tx, &subnet, &[Some(Ipv4Addr::new(172, 31, 0, 77))]));
     assert_eq!(wanted().unwrap_err().code, "InvalidIPAddress.InUse");
 
     let associate = |allocation: &str| AssociateNatGatewayAddressRequest {
