@@ -264,7 +264,7 @@ fn the_network_of_a_vpc_is_made_over_the_wire_and_every_change_can_be_tried_firs
     let rule = format!("{entry}&Protocol=6&RuleAction=allow&CidrBlock=10.0.0.0%2F8&PortRange.From=22&PortRange.To=22");
     done(&format!("Action=CreateNetworkAclEntry&{rule}"));
     done(&format!("Action=ReplaceNetworkAclEntry&{entry}&Protocol=1&RuleAction=deny&CidrBlock=10.0.0.0%2F8&Icmp.Type=8&Icmp.Code=-1"));
-    let shown = server.ec2(&format!("Action=DescribeNetworkAcls&Filter.1.Name=entry.icmp.type&Filter.1.Value.1=8"));
+    let shown = server.ec2("Action=DescribeNetworkAcls&Filter.1.Name=entry.icmp.type&Filter.1.Value.1=8");
     shown.is(200, "<icmpTypeCode><code>-1</code><type>8</type></icmpTypeCode>");
     let held = format!("Filter.1.Name=association.subnet-id&Filter.1.Value.1={subnet}");
     let default = server.ec2(&format!("Action=DescribeNetworkAcls&{held}"));
