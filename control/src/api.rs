@@ -11,6 +11,7 @@
 //! EC2 and STS share one endpoint and are told apart by the service that the signature names and by `Version`. The table of
 //! actions stands at the end of this file; what is not in it answers `InvalidAction`.
 
+use std::cell::RefCell;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -153,11 +154,7 @@ pub(crate) struct RequestId(String);
 
 impl RequestId {
     pub(crate) fn new() -> Self {
-        let mut bytes = [0; 16];
-        if getrandom::fill(&mut bytes).is_err() {
-            // The id only serves to find a request again; a fixed one does less of that and no harm.
-            bytes = [0; 16];
-        }
+        let mut bytes = random();
         let [_, _, _, _, _, _, version, _, variant, ..] = &mut bytes;
         *version = *version & 0x0f | 0x40;
         *variant = *variant & 0x3f | 0x80;
@@ -171,6 +168,25 @@ impl RequestId {
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// Random bytes for an id. The system is asked once for many of them, as each time costs as much as all else about an id.
+fn random() -> [u8; 16] {
+    const IDS: usize = 64;
+    thread_local! {
+        static LEFT: RefCell<Vec<[u8; 16]>> = const { RefCell::new(Vec::new()) };
+    }
+    LEFT.with_borrow_mut(|left| {
+        if left.is_empty() {
+            let mut bytes = [0; 16 * IDS];
+            if getrandom::fill(&mut bytes).is_err() {
+                // The id only serves to find a request again; a fixed one does less of that and no harm.
+                bytes = [0; 16 * IDS];
+            }
+            left.extend(bytes.as_chunks().0);
+        }
+        left.pop().unwrap_or_default()
+    })
 }
 
 pub(crate) fn response(status: u16, content_type: &'static str, id: &RequestId, body: String) -> Response {
@@ -440,6 +456,48 @@ actions! {
         DeleteVolume => volume::delete_volume,
         DescribeAccountAttributes => region::describe_account_attributes,
         DescribeDhcpOptions => dhcp_options::describe_dhcp_options,
+        CreateNetworkInterface => network_interface::create_network_interface,
+        DeleteNetworkInterface => network_interface::delete_network_interface,
+        AttachNetworkInterface => network_interface::attach_network_interface,
+        DetachNetworkInterface => network_interface::detach_network_interface,
+        ModifyNetworkInterfaceAttribute => network_interface::modify_network_interface_attribute,
+        DescribeNetworkInterfaceAttribute => network_interface::describe_network_interface_attribute,
+        ResetNetworkInterfaceAttribute => network_interface::reset_network_interface_attribute,
+        AssignPrivateIpAddresses => network_interface::assign_private_ip_addresses,
+        UnassignPrivateIpAddresses => network_interface::unassign_private_ip_addresses,
+        ModifySecurityGroupRules => security_group_rule::modify_security_group_rules,
+        UpdateSecurityGroupRuleDescriptionsIngress => security_group_rule::update_security_group_rule_descriptions_ingress,
+        UpdateSecurityGroupRuleDescriptionsEgress => security_group_rule::update_security_group_rule_descriptions_egress,
+        CreateManagedPrefixList => prefix_list::create_managed_prefix_list,
+        ModifyManagedPrefixList => prefix_list::modify_managed_prefix_list,
+        RestoreManagedPrefixListVersion => prefix_list::restore_managed_prefix_list_version,
+        DeleteManagedPrefixList => prefix_list::delete_managed_prefix_list,
+        DescribeManagedPrefixLists => prefix_list::describe_managed_prefix_lists,
+        GetManagedPrefixListEntries => prefix_list::get_managed_prefix_list_entries,
+        GetManagedPrefixListAssociations => prefix_list::get_managed_prefix_list_associations,
+        DescribePrefixLists => prefix_list::describe_prefix_lists,
+        CreateDhcpOptions => dhcp_options::create_dhcp_options,
+        DeleteDhcpOptions => dhcp_options::delete_dhcp_options,
+        AssociateDhcpOptions => dhcp_options::associate_dhcp_options,
+        CreateNetworkAcl => network_acl::create_network_acl,
+        DeleteNetworkAcl => network_acl::delete_network_acl,
+        ReplaceNetworkAclAssociation => network_acl::replace_network_acl_association,
+        CreateNetworkAclEntry => network_acl_entry::create_network_acl_entry,
+        ReplaceNetworkAclEntry => network_acl_entry::replace_network_acl_entry,
+        DeleteNetworkAclEntry => network_acl_entry::delete_network_acl_entry,
+        CreateNatGateway => nat_gateway::create_nat_gateway,
+        DescribeNatGateways => nat_gateway::describe_nat_gateways,
+        DeleteNatGateway => nat_gateway::delete_nat_gateway,
+        AssociateNatGatewayAddress => nat_gateway::associate_nat_gateway_address,
+        DisassociateNatGatewayAddress => nat_gateway::disassociate_nat_gateway_address,
+        CreateVpcPeeringConnection => vpc_peering_connection::create_vpc_peering_connection,
+        AcceptVpcPeeringConnection => vpc_peering_connection::accept_vpc_peering_connection,
+        RejectVpcPeeringConnection => vpc_peering_connection::reject_vpc_peering_connection,
+        DeleteVpcPeeringConnection => vpc_peering_connection::delete_vpc_peering_connection,
+        DescribeVpcPeeringConnections => vpc_peering_connection::describe_vpc_peering_connections,
+        ModifyVpcPeeringConnectionOptions => vpc_peering_connection::modify_vpc_peering_connection_options,
+        DescribeStaleSecurityGroups => stale_security_group::describe_stale_security_groups,
+        DescribeSecurityGroupReferences => stale_security_group::describe_security_group_references,
     }
     later {
         CreateKeyPair => later::create_key_pair,

@@ -96,7 +96,7 @@ async fn serve(settings: &Settings, world: Arc<World>) -> Result<()> {
     }
     tracing::info!("stopping");
     stop.send_replace(true);
-    tenants.await.context("the tenants' listener")?;
+    tenants.await.context("the tenants' listener")?.context("the tenants' listener")?;
     operator.await.context("the operator's listener")?.context("the operator's socket")?;
     reconciler.abort();
     images.abort();

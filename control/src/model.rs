@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::shape::Timestamp;
@@ -160,6 +160,17 @@ pub struct RouteTable {
     /// Without the local routes: those follow from the VPC's blocks.
     pub routes: Vec<Route>,
     pub associations: Vec<RouteTableAssociation>,
+    /// Routes for all blocks of a prefix list.
+    #[serde(default)]
+    pub prefix_list_routes: Vec<PrefixListRoute>,
+}
+
+/// One route for all blocks of a prefix list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixListRoute {
+    pub prefix_list_id: String,
+    pub target: RouteTarget,
 }
 
 /// One route that a tenant made.
@@ -176,6 +187,8 @@ pub struct Route {
 pub enum RouteTarget {
     InternetGateway(String),
     NetworkInterface(String),
+    NatGateway(String),
+    VpcPeeringConnection(String),
 }
 
 /// Which subnet uses a table; the main association serves all that name none.
@@ -221,7 +234,32 @@ pub struct SecurityGroupRule {
 pub enum RuleRemote {
     Ipv4(Ipv4Net),
     Ipv6(Ipv6Net),
-    Group { account_id: String, group_id: String },
+    Group {
+        account_id: String,
+        group_id: String,
+        /// How it was reached when the rule was made, if it is a group of another VPC.
+        #[serde(default)]
+        peering: Option<RulePeering>,
+    },
+    PrefixList(String),
+}
+
+impl RuleRemote {
+    /// The prefix list, if it is one.
+    pub fn prefix_list(&self) -> Option<&str> {
+        match self {
+            Self::PrefixList(id) => Some(id),
+            _ => None,
+        }
+    }
+}
+
+/// The way to a group of a peered VPC: what a stale rule still shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct RulePeering {
+    pub vpc_id: String,
+    pub vpc_peering_connection_id: String,
 }
 
 /// A stateless, ordered filter of a subnet.
@@ -244,8 +282,13 @@ pub struct NetworkAclEntry {
     pub egress: bool,
     pub protocol: Option<u8>,
     pub allow: bool,
-    pub cidr: Ipv4Net,
+    /// The remote side; a block of either family.
+    pub cidr: IpNet,
+    /// First and last, for TCP and UDP.
     pub ports: Option<(u16, u16)>,
+    /// Type and code for ICMP, -1 for any.
+    #[serde(default)]
+    pub icmp: Option<(i16, i16)>,
 }
 
 /// Which subnet a network ACL filters.
@@ -276,6 +319,27 @@ pub struct NetworkInterface {
     /// Whether a start takes a public address again.
     pub associate_public_ip: bool,
     pub created: Time,
+    /// Further addresses in the subnet, in the order in which they came.
+    #[serde(default)]
+    pub secondary_ips: Vec<Ipv4Addr>,
+    #[serde(default)]
+    pub connection_tracking: ConnectionTracking,
+}
+
+impl NetworkInterface {
+    /// All private addresses, the primary one first.
+    pub fn private_ips(&self) -> impl Iterator<Item = Ipv4Addr> {
+        std::iter::once(self.private_ip).chain(self.secondary_ips.iter().copied())
+    }
+}
+
+/// After how many seconds an idle connection is forgotten; none stands for EC2's default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct ConnectionTracking {
+    pub tcp_established_s: Option<u32>, // 60..=432000
+    pub udp_stream_s: Option<u32>,      // 60..=180
+    pub udp_s: Option<u32>,             // 30..=60
 }
 
 /// Which instance an interface belongs to.
@@ -287,6 +351,13 @@ pub struct NetworkInterfaceAttachment {
     pub device_index: u32,
     pub attach_time: Time,
     pub delete_on_termination: bool,
+    #[serde(default = "attached")]
+    pub state: AttachmentState,
+}
+
+/// Attachments of interfaces had no state once.
+fn attached() -> AttachmentState {
+    AttachmentState::Attached
 }
 
 /// An Elastic IP.
@@ -581,6 +652,13 @@ pub struct DhcpOptions {
     pub account_id: String,
     pub id: String, // dopt-...
     pub configurations: BTreeMap<String, Vec<String>>,
+    /// Whether new VPCs get it; once every set was such a one.
+    #[serde(default = "yes")]
+    pub is_default: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A card as it last introduced itself, under [`REGION`].
@@ -654,6 +732,219 @@ pub struct Event {
     pub detail: BTreeMap<String, String>,
 }
 
+/// The two kinds of IP addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum AddressFamily {
+    Ipv4,
+    Ipv6,
+}
+
+impl AddressFamily {
+    /// EC2's name of the family.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        }
+    }
+}
+
+/// What became of the last change of a prefix list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum PrefixListState {
+    CreateComplete,
+    ModifyComplete,
+    ModifyFailed,
+    RestoreComplete,
+}
+
+impl PrefixListState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CreateComplete => "create-complete",
+            Self::ModifyComplete => "modify-complete",
+            Self::ModifyFailed => "modify-failed",
+            Self::RestoreComplete => "restore-complete",
+        }
+    }
+}
+
+/// Life of a NAT gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum NatGatewayState {
+    Pending,
+    Failed,
+    Available,
+    Deleting,
+    Deleted,
+}
+
+impl NatGatewayState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Failed => "failed",
+            Self::Available => "available",
+            Self::Deleting => "deleting",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
+/// A managed prefix list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixList {
+    pub account_id: String,
+    pub id: String, // pl-...
+    pub name: String,
+    pub family: AddressFamily,
+    pub max_entries: u32, // 1..=1000
+    pub state: PrefixListState,
+    pub state_message: Option<String>,
+    /// 1 and up.
+    pub version: u64,
+    /// Of this version, sorted by block.
+    pub entries: Vec<PrefixListEntry>,
+}
+
+/// What a prefix list was before it was changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixListVersion {
+    pub account_id: String,
+    pub prefix_list_id: String,
+    pub version: u64,
+    pub entries: Vec<PrefixListEntry>,
+}
+
+impl PrefixListVersion {
+    /// The row id of a version: `list/version`.
+    pub fn row_id(prefix_list_id: &str, version: u64) -> String {
+        format!("{prefix_list_id}/{version}")
+    }
+}
+
+/// One block of a prefix list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PrefixListEntry {
+    pub cidr: IpNet,
+    pub description: String,
+}
+
+/// A NAT gateway: lets the ports of its VPC open connections to the internet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct NatGateway {
+    pub account_id: String,
+    pub id: String, // nat-...
+    pub vpc_id: String,
+    pub subnet_id: String,
+    pub zone: String,
+    pub state: NatGatewayState,
+    /// Why it cannot become available.
+    pub failure: Option<StateReason>,
+    /// Its interface, which goes when the gateway is deleted or has failed.
+    pub network_interface_id: Option<String>,
+    /// The primary address first.
+    pub addresses: Vec<NatGatewayAddress>,
+    /// The card that does its work; none while no card of the zone can.
+    pub card_id: Option<String>,
+    pub created: Time,
+    /// When it was deleted or failed.
+    pub ended: Option<Time>,
+}
+
+/// One public address of a NAT gateway, and the private one under which it stands in the subnet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct NatGatewayAddress {
+    pub allocation_id: String,
+    pub association_id: Option<String>,
+    pub public_ip: Option<Ipv4Addr>,
+    pub private_ip: Option<Ipv4Addr>,
+    pub state: NatGatewayAddressState,
+}
+
+/// Life of an address of a NAT gateway; disassociated is its absence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum NatGatewayAddressState {
+    Associating,
+    Succeeded,
+    Disassociating,
+    Failed,
+}
+
+impl NatGatewayAddressState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Associating => "associating",
+            Self::Succeeded => "succeeded",
+            Self::Disassociating => "disassociating",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Life of a peering connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum PeeringState {
+    PendingAcceptance,
+    Active,
+    Failed,
+    Rejected,
+    Expired,
+    Deleted,
+}
+
+impl PeeringState {
+    /// EC2's name of the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PendingAcceptance => "pending-acceptance",
+            Self::Active => "active",
+            Self::Failed => "failed",
+            Self::Rejected => "rejected",
+            Self::Expired => "expired",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
+/// A way between two VPCs, under [`REGION`] because it may be two accounts'.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct VpcPeeringConnection {
+    pub id: String, // pcx-...
+    pub requester: PeeringSide,
+    pub accepter: PeeringSide,
+    pub state: PeeringState,
+    pub created: Time,
+    /// When it came to an end, and by whose hand.
+    pub ended: Option<(Time, String)>,
+}
+
+/// One side of a peering connection.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct PeeringSide {
+    pub account_id: String,
+    pub vpc_id: String,
+    /// The blocks of the VPC; not known of another account's before it accepts.
+    pub cidrs: Vec<Ipv4Net>,
+    /// AllowDnsResolutionFromRemoteVpc.
+    pub remote_dns: bool,
+}
+
 /// Binds a row type to its table, its name in the store, its key and its indexes.
 macro_rules! tables {
     ($($row:ident, $table:ident, $name:literal, |$this:ident| $account:expr, $id:expr,
@@ -697,19 +988,19 @@ macro_rules! tables {
 tables! {
     Account, accounts, "account", |row| REGION, &row.id, [];
     AccessKey, access_keys, "access_key", |row| REGION, &row.id, ["account" => [&row.account_id]];
-    Vpc, vpcs, "vpc", |row| &row.account_id, &row.id, ["id" => [&row.id]];
+    Vpc, vpcs, "vpc", |row| &row.account_id, &row.id, ["id" => [&row.id], "dhcp" => [&row.dhcp_options_id]];
     Subnet, subnets, "subnet", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
     InternetGateway, internet_gateways, "internet_gateway", |row| &row.account_id, &row.id, ["vpc" => &row.vpc_id];
-    RouteTable, route_tables, "route_table", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "subnet" => row.associations.iter().filter_map(|a| a.subnet_id.as_ref())];
-    SecurityGroup, security_groups, "security_group", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
-    NetworkAcl, network_acls, "network_acl", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id]];
+    RouteTable, route_tables, "route_table", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "prefix_list" => row.prefix_list_routes.iter().map(|r| &r.prefix_list_id), "subnet" => row.associations.iter().filter_map(|a| a.subnet_id.as_ref())];
+    SecurityGroup, security_groups, "security_group", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "prefix_list" => row.rules.iter().filter_map(|r| r.remote.prefix_list())];
+    NetworkAcl, network_acls, "network_acl", |row| &row.account_id, &row.id, ["vpc" => [&row.vpc_id], "subnet" => row.associations.iter().map(|a| &a.subnet_id)];
     NetworkInterface, network_interfaces, "network_interface", |row| &row.account_id, &row.id,
-        ["id" => [&row.id], "vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "instance" => row.attachment.as_ref().map(|a| &a.instance_id), "group" => &row.security_group_ids];
+        ["id" => [&row.id], "vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "instance" => row.attachment.as_ref().map(|a| &a.instance_id), "attachment" => row.attachment.as_ref().map(|a| &a.id), "group" => &row.security_group_ids];
     Address, addresses, "address", |row| &row.account_id, &row.id, ["interface" => row.association.as_ref().map(|a| &a.network_interface_id), "ip" => [row.public_ip]];
     PublicIp, public_ips, "public_ip", |row| REGION, row.ip.to_string(), [];
     KeyPair, key_pairs, "key_pair", |row| &row.account_id, &row.id, ["name" => [&row.name]];
     Image, images, "image", |row| &row.account_id, &row.id, ["id" => [&row.id]];
-    Instance, instances, "instance", |row| &row.account_id, &row.id, ["id" => [&row.id], "reservation" => [&row.reservation_id],
+    Instance, instances, "instance", |row| &row.account_id, &row.id, ["id" => [&row.id], "reservation" => [&row.reservation_id], "vpc" => [&row.vpc_id],
             "leaving" => (row.state == InstanceState::ShuttingDown && row.placement.is_none()).then_some(""), "card" => row.placement.as_ref().map(|p| &p.card_id)],
         sums row.placement.iter().flat_map(|p| [(("vcpus", p.card_id.clone()), u64::from(p.vcpus)), (("memory_mib", p.card_id.clone()), p.memory_mib)]);
     Volume, volumes, "volume", |row| &row.account_id, &row.id,
@@ -722,6 +1013,15 @@ tables! {
     Counter, counters, "counter", |row| REGION, &row.name, [];
     CardObject, card_objects, "card_object", |row| REGION, CardObject::row_id(&row.card_id, row.kind, &row.id), ["card" => [&row.card_id], "object" => [&row.id]];
     Event, events, "event", |row| REGION, Event::row_id(row.sequence), ["resource" => [&row.resource_id]];
+    PrefixList, prefix_lists, "prefix_list", |row| &row.account_id, &row.id, [];
+    PrefixListVersion, prefix_list_versions, "prefix_list_version", |row| &row.account_id, PrefixListVersion::row_id(&row.prefix_list_id, row.version),
+        ["list" => [&row.prefix_list_id]];
+    NatGateway, nat_gateways, "nat_gateway", |row| &row.account_id, &row.id,
+        ["vpc" => [&row.vpc_id], "subnet" => [&row.subnet_id], "interface" => &row.network_interface_id, "card" => &row.card_id,
+            "unplaced" => (row.card_id.is_none() && !matches!(row.state, NatGatewayState::Failed | NatGatewayState::Deleted)).then_some("")],
+        sums row.card_id.iter().map(|card| (("gateways", card.clone()), 1));
+    VpcPeeringConnection, vpc_peering_connections, "vpc_peering_connection", |row| REGION, &row.id,
+        ["account" => [&row.requester.account_id, &row.accepter.account_id], "vpc" => [&row.requester.vpc_id, &row.accepter.vpc_id]];
 }
 
 impl Event {

@@ -5,7 +5,7 @@
 //! sums in `model.rs`), so no claim can be lost or left behind. A claim is made
 //! in the transaction that makes its row.
 
-use crate::model::{Card, Instance, Placement, Volume};
+use crate::model::{Card, Instance, NatGateway, Placement, Volume};
 use crate::world::Tx;
 
 const MIB: u64 = 1 << 20;
@@ -99,6 +99,13 @@ impl Room {
         shelf.free_gib -= gib;
         Some(shelf.card_id.clone())
     }
+}
+
+/// The card of a zone that takes the next NAT gateway: a compute card that is watched, the one with the fewest gateways. Its host is
+/// not needed.
+pub fn gateway_card(tx: &Tx<'_>, zone: &str) -> Option<String> {
+    let cards = tx.all::<Card>().filter(|card| card.watched && card.compute && card.zone == zone);
+    cards.min_by_key(|card| (tx.sum::<NatGateway>("gateways", &card.id), card.id.clone())).map(|card| card.id.clone())
 }
 
 #[cfg(test)]

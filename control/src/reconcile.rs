@@ -20,6 +20,9 @@ mod desired;
 pub(crate) mod testbed;
 #[cfg(test)]
 mod tests;
+mod touch;
+#[cfg(test)]
+mod vpc_tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -32,11 +35,11 @@ pub use desired::{Object, ObjectKey};
 
 use crate::event;
 use crate::model::{
-    AttachmentState, Card, CardObject, ClientToken, Counter, Instance, InstanceState, KeyPair, NetworkAcl, NetworkInterface, ObjectKind,
-    REGION, Tags, Time, Volume, VolumeState,
+    AttachmentState, Card, CardObject, Counter, Instance, InstanceState, NatGateway, NatGatewayState, ObjectKind, REGION, Time, Volume,
+    VolumeState,
 };
-use crate::resource::{client_token, instance, tag, volume};
-use crate::world::{DirtyRow, Row as _, Sequence, StoreGone, Tx, World};
+use crate::resource::{client_token, instance, nat_gateway, network_interface, tag, volume, vpc_peering_connection};
+use crate::world::{Dirty, Region, Row as _, Sequence, StoreGone, Tx, World};
 
 const GENERATION: &str = "generation";
 const EPOCH: &str = "epoch";
@@ -107,10 +110,9 @@ pub struct Step {
 #[derive(Default)]
 pub struct Core {
     cards: BTreeMap<String, View>,
-    /// Which cards hold objects of an account, so that a change of a row finds them.
-    holders: BTreeMap<String, BTreeSet<String>>,
     touched: BTreeSet<String>,
-    started: bool,
+    /// When the first step was.
+    started: Option<Time>,
 }
 
 /// One card, since it connected.
@@ -126,8 +128,6 @@ struct View {
     /// Puts that it may have taken without a status so far, with their generation.
     maybe: BTreeMap<ObjectKey, u64>,
     refused: BTreeMap<ObjectKey, (u64, String)>,
-    /// The accounts that have objects on it.
-    accounts: BTreeSet<String>,
 }
 
 impl Core {
@@ -162,7 +162,7 @@ impl Core {
                 tracing::info!(card = card_id, objects = view.reported.len(), "card is watched");
             }
             Input::Gone => {
-                *view = View { accounts: std::mem::take(&mut view.accounts), ..View::default() };
+                *view = View::default();
                 set_watched(tx, now, card_id, false);
             }
             Input::Accepted(key, generation) => {
@@ -227,14 +227,27 @@ impl Core {
     }
 
     /// Brings rows and cards nearer to each other; call it after inputs and commits.
-    pub fn step(&mut self, mut tx: Tx<'_>, dirty: &BTreeSet<DirtyRow>, now: Time, region: &crate::world::Region) -> Step {
-        self.touch(&tx, dirty);
+    pub fn step(&mut self, mut tx: Tx<'_>, dirty: &Dirty, now: Time, region: &Region) -> Step {
+        if self.started.is_none() {
+            self.started = Some(now);
+            self.touched.extend(touch::all(&tx));
+        }
+        settle(&mut tx, now);
+        self.touched.extend(touch::cards(&tx, dirty));
+        self.touch_changed(&mut tx);
         let mut wanted = BTreeMap::new();
+        let mut networks = desired::Networks::default();
         // What is taken from one card can touch another: a machine that stopped leaves the networks of all.
         while let Some(card_id) = self.touched.pop_first() {
             self.digest(&mut tx, now, &card_id);
-            let objects = desired::objects(&tx, region, &card_id);
+            settle(&mut tx, now);
+            if self.touch_changed(&mut tx) {
+                networks = desired::Networks::default();
+            }
+            let objects = desired::objects(&tx, region, &mut networks, &card_id);
             self.plan(&mut tx, &card_id, &objects);
+            // Only rows of this loop's own.
+            tx.take_dirty();
             wanted.insert(card_id, objects);
         }
         let mut operations = Vec::new();
@@ -248,78 +261,41 @@ impl Core {
         Step { sequence: tx.commit_reconciled(), operations }
     }
 
-    /// Finds the cards that changed rows are about.
-    fn touch(&mut self, tx: &Tx<'_>, dirty: &BTreeSet<DirtyRow>) {
-        if !self.started {
-            self.started = true;
-            self.touched.extend(tx.all::<Card>().map(|card| card.id.clone()));
-            self.touched.extend(tx.all::<CardObject>().map(|row| row.card_id.clone()));
-            self.touched.extend(tx.all::<Instance>().filter_map(|row| row.placement.as_ref()).map(|placement| placement.card_id.clone()));
-            self.touched.extend(tx.all::<Volume>().map(|row| row.card_id.clone()));
-        }
-        let mut accounts = BTreeSet::new();
-        for (kind, account, id) in dirty {
-            match *kind {
-                Tags::KIND => self.touch_object(tx, account, id),
-                Volume::KIND => {
-                    self.touch_object(tx, account, id);
-                    if let Some(row) = tx.get::<Volume>(account, id) {
-                        self.touched.insert(row.card_id.clone());
-                        if let Some(attachment) = &row.attachment {
-                            self.touch_object(tx, account, &attachment.instance_id);
-                        }
-                    }
-                }
-                // Rows that no object is made of, and those that only this loop writes.
-                ClientToken::KIND | KeyPair::KIND | NetworkAcl::KIND | CardObject::KIND => {}
-                _ if account == REGION => {}
-                _ => {
-                    accounts.insert(account);
-                }
-            }
-        }
-        for account in accounts {
-            self.touch_account(tx, account);
-        }
+    /// Touches the cards that rows are about which this transaction changed; says whether a row changed that objects are made of.
+    fn touch_changed(&mut self, tx: &mut Tx<'_>) -> bool {
+        let changed = tx.take_dirty();
+        self.touched.extend(touch::cards(tx, &changed));
+        changed.keys().any(|(kind, ..)| *kind != CardObject::KIND)
     }
 
-    /// Touches the cards that hold, or shall hold, an object of this id.
-    fn touch_object(&mut self, tx: &Tx<'_>, account: &str, id: &str) {
-        self.touched.extend(tx.find_all::<CardObject>("object", id).iter().map(|row| row.card_id.clone()));
-        let row = tx.get::<Instance>(account, id);
-        self.touched.extend(row.and_then(|row| row.placement.as_ref().map(|placement| placement.card_id.clone())));
-    }
-
-    /// Touches every card that has to do with an account: a change of its network is in the picture of all of them.
-    fn touch_account(&mut self, tx: &Tx<'_>, account: &str) {
-        let held = self.holders.get(account).into_iter().flatten().cloned();
-        let placed = tx.list::<Instance>(account).filter_map(|row| row.placement.as_ref()).map(|placement| placement.card_id.clone());
-        let stored = tx.list::<Volume>(account).map(|row| row.card_id.clone());
-        let cards: Vec<String> = held.chain(placed).chain(stored).collect();
-        self.touched.extend(cards);
+    /// What is due by the clock alone; call it now and then, before a step.
+    pub fn housekeep(&mut self, tx: &mut Tx<'_>, now: Time) {
+        instance::expire(tx, now);
+        client_token::expire(tx, now);
+        vpc_peering_connection::expire(tx, now);
+        nat_gateway::life::expire(tx, now);
+        let Some(started) = self.started else { return };
+        let lost = |card: &&Arc<Card>| !card.watched && LOST_MS <= now.since_ms(card.watched_since.max(started));
+        let lost: Vec<String> = tx.all::<Card>().filter(lost).map(|card| card.id.clone()).collect();
+        for card_id in lost {
+            nat_gateway::life::abandon(tx, &card_id);
+        }
     }
 
     /// Takes what a card reported into the rows.
     fn digest(&mut self, tx: &mut Tx<'_>, now: Time, card_id: &str) {
         let view = self.cards.entry(card_id.to_owned()).or_default();
         view.forget(tx, card_id);
-        let mut changed = BTreeSet::new();
         for row in tx.find_all::<Volume>("card", card_id) {
-            if digest_volume(tx, view, card_id, &row) {
-                changed.insert(row.account_id.clone());
-            }
+            digest_volume(tx, view, card_id, &row);
         }
         for row in tx.find_all::<Instance>("card", card_id) {
-            if digest_disks(tx, view, card_id, &row) | digest_instance(tx, view, now, card_id, &row) {
-                changed.insert(row.account_id.clone());
-            }
+            digest_ports(tx, view, card_id, &row);
+            digest_disks(tx, view, card_id, &row);
+            digest_instance(tx, view, now, card_id, &row);
         }
-        for row in tx.find_all::<Instance>("leaving", "") {
-            instance::terminated(tx, now, &row);
-            changed.insert(row.account_id.clone());
-        }
-        for account in changed {
-            self.touch_account(tx, &account);
+        for row in tx.find_all::<NatGateway>("card", card_id) {
+            digest_gateway(tx, view, now, card_id, &row);
         }
     }
 
@@ -342,26 +318,6 @@ impl Core {
             let generation = next_generation(tx, reported);
             tx.put(CardObject { card_id: card_id.to_owned(), kind: key.0, id: key.1.clone(), generation, content });
         }
-        let held = tx.find::<CardObject>(REGION, "card", card_id);
-        let accounts = held.iter().filter_map(|row| owner(tx, row)).collect();
-        self.hold(card_id, accounts);
-    }
-
-    /// Notes which accounts have objects on a card.
-    fn hold(&mut self, card_id: &str, accounts: BTreeSet<String>) {
-        let view = self.cards.entry(card_id.to_owned()).or_default();
-        for account in view.accounts.difference(&accounts) {
-            if let Some(cards) = self.holders.get_mut(account) {
-                cards.remove(card_id);
-                if cards.is_empty() {
-                    self.holders.remove(account);
-                }
-            }
-        }
-        for account in accounts.difference(&view.accounts) {
-            self.holders.entry(account.clone()).or_default().insert(card_id.to_owned());
-        }
-        view.accounts = accounts;
     }
 }
 
@@ -441,18 +397,6 @@ fn next_generation(tx: &mut Tx<'_>, above: u64) -> u64 {
     value
 }
 
-/// The account whose rows an object on a card comes from.
-fn owner(tx: &Tx<'_>, row: &CardObject) -> Option<String> {
-    // Only a few kinds, each found by its globally unique id.
-    match row.kind {
-        ObjectKind::Instance => tx.find_all::<Instance>("id", &row.id).first().map(|row| row.account_id.clone()),
-        ObjectKind::Port => tx.find_all::<NetworkInterface>("id", &row.id).first().map(|row| row.account_id.clone()),
-        ObjectKind::Disk | ObjectKind::Volume => tx.find_all::<Volume>("id", &row.id).first().map(|row| row.account_id.clone()),
-        ObjectKind::Network => tx.find_all::<crate::model::Vpc>("id", &row.id).first().map(|row| row.account_id.clone()),
-        ObjectKind::NatGateway => None,
-    }
-}
-
 fn object_key(kind: card::Kind, id: &str) -> Option<ObjectKey> {
     let kind = match kind {
         card::Kind::Instance => ObjectKind::Instance,
@@ -479,47 +423,70 @@ fn holds(tx: &Tx<'_>, card_id: &str, kind: ObjectKind, id: &str) -> bool {
     tx.get::<CardObject>(REGION, &CardObject::row_id(card_id, kind, id)).is_some()
 }
 
-/// Moves a volume by what its storage card says; says whether the row changed.
-fn digest_volume(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Volume) -> bool {
+/// Moves what is on no card and so waits for none.
+fn settle(tx: &mut Tx<'_>, now: Time) {
+    nat_gateway::life::settle(tx, now);
+    for row in tx.find_all::<Instance>("leaving", "") {
+        instance::terminated(tx, now, &row);
+    }
+}
+
+/// Moves a volume by what its storage card says.
+fn digest_volume(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Volume) {
     let (account, id) = (row.account_id.as_str(), row.id.as_str());
     match (row.state, view.phase(tx, card_id, ObjectKind::Volume, id)) {
         (VolumeState::Creating, Some(card::Phase::Ready)) => {
             let state = if row.attachment.is_some() { VolumeState::InUse } else { VolumeState::Available };
-            tx.update::<Volume>(account, id, |row| row.state = state)
+            tx.update::<Volume>(account, id, |row| row.state = state);
         }
-        (VolumeState::Creating, Some(card::Phase::Failed)) => tx.update::<Volume>(account, id, |row| row.state = VolumeState::Error),
+        (VolumeState::Creating, Some(card::Phase::Failed)) => {
+            tx.update::<Volume>(account, id, |row| row.state = VolumeState::Error);
+        }
         (VolumeState::Deleting, _) if !holds(tx, card_id, ObjectKind::Volume, id) => {
             tag::remove(tx, account, id);
             tx.delete::<Volume>(account, id);
-            true
         }
-        _ => false,
+        _ => {}
     }
 }
 
-/// Moves the attachments of an instance by what its card says about the disks; says whether a row changed.
-fn digest_disks(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Instance) -> bool {
-    let mut changed = false;
+/// Moves the attachments of an instance by what its card says about the disks.
+fn digest_disks(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Instance) {
     for disk in instance::volumes(tx, &row.account_id, &row.id) {
         let (account, id) = (disk.account_id.as_str(), disk.id.as_str());
         let Some(attachment) = &disk.attachment else { continue };
-        changed |= match attachment.state {
+        match attachment.state {
             AttachmentState::Attaching if view.phase(tx, card_id, ObjectKind::Disk, id) == Some(card::Phase::Ready) => {
                 tx.update::<Volume>(account, id, |row| {
                     if let Some(attachment) = &mut row.attachment {
                         attachment.state = AttachmentState::Attached;
                     }
-                })
+                });
             }
-            AttachmentState::Detaching if !holds(tx, card_id, ObjectKind::Disk, id) => tx.update::<Volume>(account, id, volume::release),
-            _ => false,
-        };
+            AttachmentState::Detaching if !holds(tx, card_id, ObjectKind::Disk, id) => {
+                tx.update::<Volume>(account, id, volume::release);
+            }
+            _ => {}
+        }
     }
-    changed
 }
 
-/// Moves an instance by what its card says; says whether the row changed.
-fn digest_instance(tx: &mut Tx<'_>, view: &View, now: Time, card_id: &str, row: &Instance) -> bool {
+/// Moves the interfaces of an instance by what its card says about the ports.
+fn digest_ports(tx: &mut Tx<'_>, view: &View, card_id: &str, row: &Instance) {
+    for interface in instance::interfaces(tx, &row.account_id, &row.id) {
+        let (account, id) = (interface.account_id.as_str(), interface.id.as_str());
+        match interface.attachment.as_ref().map(|attachment| attachment.state) {
+            Some(AttachmentState::Attaching) if view.phase(tx, card_id, ObjectKind::Port, id) == Some(card::Phase::Ready) => {
+                network_interface::attached(tx, account, id);
+            }
+            Some(AttachmentState::Detaching) if !holds(tx, card_id, ObjectKind::Port, id) => network_interface::release(tx, account, id),
+            _ => {}
+        }
+    }
+}
+
+/// Moves an instance by what its card says.
+fn digest_instance(tx: &mut Tx<'_>, view: &View, now: Time, card_id: &str, row: &Instance) {
     let phase = view.phase(tx, card_id, ObjectKind::Instance, &row.id);
     match row.state {
         InstanceState::Pending if phase == Some(card::Phase::MachineRunning) => instance::running(tx, now, row),
@@ -533,15 +500,38 @@ fn digest_instance(tx: &mut Tx<'_>, view: &View, now: Time, card_id: &str, row: 
         InstanceState::Pending if part_failed(tx, view, card_id, row) => instance::fail(tx, now, row),
         InstanceState::Stopping if !row.halted => {
             if !matches!(phase, Some(card::Phase::MachineStopped | card::Phase::Failed)) {
-                return false;
+                return;
             }
             tx.update::<Instance>(&row.account_id, &row.id, |row| row.halted = true);
         }
         InstanceState::Stopping if !holds_any(tx, card_id, row) => instance::stopped(tx, now, row),
         InstanceState::ShuttingDown if !holds_any(tx, card_id, row) => instance::terminated(tx, now, row),
-        _ => return false,
+        _ => {}
     }
-    true
+}
+
+/// Moves a NAT gateway by what its card says.
+fn digest_gateway(tx: &mut Tx<'_>, view: &View, now: Time, card_id: &str, row: &Arc<NatGateway>) {
+    let Some(wanted) = desired::gateway(tx, row) else {
+        if !holds(tx, card_id, ObjectKind::NatGateway, &row.id) {
+            nat_gateway::life::end(tx, now, row);
+        }
+        return;
+    };
+    // An addition is in force when the card speaks of the content that has it.
+    let told = tx.get::<CardObject>(REGION, &CardObject::row_id(card_id, ObjectKind::NatGateway, &row.id));
+    if told.is_none_or(|told| told.content != Some(Object::NatGateway(wanted).content_hash())) {
+        return;
+    }
+    match view.phase(tx, card_id, ObjectKind::NatGateway, &row.id) {
+        Some(card::Phase::Ready) => nat_gateway::life::ready(tx, row),
+        Some(card::Phase::Failed) if row.state == NatGatewayState::Pending => {
+            let message = view.message(ObjectKind::NatGateway, &row.id);
+            tracing::error!(card = card_id, gateway = row.id, message, "the NAT gateway failed");
+            nat_gateway::life::broken(tx, row);
+        }
+        _ => {}
+    }
 }
 
 /// Whether a launch cannot succeed because a port, a disk or a volume of it failed.
@@ -566,13 +556,11 @@ fn holds_any(tx: &Tx<'_>, card_id: &str, row: &Instance) -> bool {
         || instance::volumes(tx, &row.account_id, &row.id).iter().any(|disk| holds(tx, card_id, ObjectKind::Disk, &disk.id))
 }
 
-/// Forgets what has had its time; call it now and then.
-pub fn housekeep(tx: &mut Tx<'_>, now: Time) {
-    instance::expire(tx, now);
-    client_token::expire(tx, now);
-}
+/// A card that was not heard of for so long is lost for good: what keeps no state moves to another one. Long enough for a machine to be
+/// started again, so that a restart moves nothing.
+const LOST_MS: u64 = 10 * 60 * 1000;
 
-/// How often [`housekeep`] is called: it looks at every instance.
+/// How often [`Core::housekeep`] is called: it looks at every instance.
 const HOUSEKEEPING: Duration = Duration::from_secs(30);
 
 /// Most inputs that one step takes.
@@ -609,7 +597,7 @@ pub async fn run(
                 core.input(&mut tx, now, &card_id, input);
             }
             if housekeeping {
-                housekeep(&mut tx, now);
+                core.housekeep(&mut tx, now);
             }
             core.step(tx, &dirty, now, world.region())
         };

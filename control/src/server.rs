@@ -5,8 +5,13 @@
 //! | connections | [`MOST_CONNECTIONS`] | the next waits in the kernel's queue |
 //! | header of a request | 64 KiB, [`HEADER_TIMEOUT`] | closed (431, 408 by hyper) |
 //! | body of a request | [`LONGEST_BODY`], [`BODY_TIMEOUT`] | `RequestEntityTooLarge`, `RequestTimeout` |
+//!
+//! One task accepts; each connection is then served by one of a few threads to its end.
+
+mod threads;
 
 use std::fmt::Display;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +25,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use self::threads::Threads;
 use crate::error::ApiError;
 
 /// Connections that are served at once.
@@ -36,7 +42,11 @@ const LONGEST_DRAIN: usize = 64 * 1024 * 1024;
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Serves until `stop` resolves, then lets the requests under way finish.
-pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = ()>) {
+///
+/// # Errors
+/// When the threads that serve cannot be started.
+pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Output = ()>) -> io::Result<()> {
+    let threads = Threads::start("api")?;
     let graceful = GracefulShutdown::new();
     let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut stop = std::pin::pin!(stop);
@@ -54,13 +64,18 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
                 continue;
             }
         };
-        let mut builder = hyper::server::conn::http1::Builder::new();
-        builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(64 * 1024).half_close(true);
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
-        let connection = graceful.watch(connection);
-        tokio::spawn(async move {
+        let (router, watcher) = (router.clone(), graceful.watcher());
+        threads.spawn(async move {
             let _permit = permit;
-            if let Err(error) = connection.await {
+            // From here on the event loop of this thread watches the socket.
+            let stream = match tokio::net::TcpStream::from_std(stream) {
+                Ok(stream) => stream,
+                Err(error) => return tracing::warn!(%error, "a connection cannot be watched"),
+            };
+            let mut builder = hyper::server::conn::http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(64 * 1024).half_close(true);
+            let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+            if let Err(error) = watcher.watch(connection).await {
                 tracing::debug!(%error, "a connection ended with an error");
             }
         });
@@ -68,16 +83,17 @@ pub async fn serve(listener: TcpListener, router: Router, stop: impl Future<Outp
     if tokio::time::timeout(GRACE, graceful.shutdown()).await.is_err() {
         tracing::warn!("requests under way were cut off");
     }
+    Ok(())
 }
 
-type Accepted = (tokio::net::TcpStream, tokio::sync::OwnedSemaphorePermit);
+type Accepted = (std::net::TcpStream, tokio::sync::OwnedSemaphorePermit);
 
-async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> std::io::Result<Accepted> {
-    let permit = room.clone().acquire_owned().await.map_err(std::io::Error::other)?;
+async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> io::Result<Accepted> {
+    let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
     let (stream, _) = listener.accept().await?;
     // Answers are written whole, so waiting to fill a segment only delays them.
     stream.set_nodelay(true)?;
-    Ok((stream, permit))
+    Ok((stream.into_std()?, permit))
 }
 
 /// Reads a body into memory.
@@ -103,7 +119,16 @@ fn too_large() -> ApiError {
 }
 
 async fn collect(mut body: Body) -> Result<Bytes, ApiError> {
-    let mut whole = BytesMut::new();
+    // A small body comes in one piece, which is not copied.
+    let Some(first) = next(&mut body).await.map_err(|error| incomplete(&error))? else { return Ok(Bytes::new()) };
+    if body.is_end_stream() && first.len() <= LONGEST_BODY {
+        return Ok(first);
+    }
+    let mut whole = BytesMut::from(first);
+    if LONGEST_BODY < whole.len() {
+        drain(body).await;
+        return Err(too_large());
+    }
     while let Some(data) = next(&mut body).await.map_err(|error| incomplete(&error))? {
         if LONGEST_BODY < whole.len() + data.len() {
             drain(body).await;

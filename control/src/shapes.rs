@@ -5,6 +5,15 @@
 
 use crate::shape::{Blob, Timestamp, answer, record, request, requests};
 
+request! { AcceptVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { AcceptVpcPeeringConnectionResult {
+    vpc_peering_connection: Option<VpcPeeringConnection>, "vpcPeeringConnection";
+}}
+
 answer! { AccountAttribute {
     attribute_name: Option<String>, "attributeName";
     attribute_values: Vec<AccountAttributeValue>, "attributeValueSet";
@@ -12,6 +21,11 @@ answer! { AccountAttribute {
 
 answer! { AccountAttributeValue {
     attribute_value: Option<String>, "attributeValue";
+}}
+
+request! { AddPrefixListEntry {
+    cidr: Option<String>, "Cidr" [required];
+    description: Option<String>, "Description";
 }}
 
 answer! { Address {
@@ -55,6 +69,25 @@ answer! { AllocateAddressResult {
     public_ipv4_pool: Option<String>, "publicIpv4Pool";
 }}
 
+request! { AssignPrivateIpAddressesRequest {
+    allow_reassignment: Option<bool>, "AllowReassignment";
+    ipv4_prefix_count: Option<i32>, "Ipv4PrefixCount";
+    ipv4_prefixes: Vec<String>, "Ipv4Prefix";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    private_ip_addresses: Vec<String>, "PrivateIpAddress";
+    secondary_private_ip_address_count: Option<i32>, "SecondaryPrivateIpAddressCount";
+}}
+
+answer! { AssignPrivateIpAddressesResult {
+    assigned_ipv4_prefixes: Vec<Ipv4PrefixSpecification>, "assignedIpv4PrefixSet";
+    assigned_private_ip_addresses: Vec<AssignedPrivateIpAddress>, "assignedPrivateIpAddressesSet";
+    network_interface_id: Option<String>, "networkInterfaceId";
+}}
+
+answer! { AssignedPrivateIpAddress {
+    private_ip_address: Option<String>, "privateIpAddress";
+}}
+
 request! { AssociateAddressRequest {
     allocation_id: Option<String>, "AllocationId";
     allow_reassociation: Option<bool>, "AllowReassociation";
@@ -67,6 +100,26 @@ request! { AssociateAddressRequest {
 
 answer! { AssociateAddressResult {
     association_id: Option<String>, "associationId";
+}}
+
+request! { AssociateDhcpOptionsRequest {
+    dhcp_options_id: Option<String>, "DhcpOptionsId" [required];
+    dry_run: Option<bool>, "DryRun";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+request! { AssociateNatGatewayAddressRequest {
+    allocation_ids: Vec<String>, "AllocationId" [required];
+    availability_zone: Option<String>, "AvailabilityZone";
+    availability_zone_id: Option<String>, "AvailabilityZoneId";
+    dry_run: Option<bool>, "DryRun";
+    nat_gateway_id: Option<String>, "NatGatewayId" [required];
+    private_ip_addresses: Vec<String>, "PrivateIpAddress";
+}}
+
+answer! { AssociateNatGatewayAddressResult {
+    nat_gateway_addresses: Vec<NatGatewayAddress>, "natGatewayAddressSet";
+    nat_gateway_id: Option<String>, "natGatewayId";
 }}
 
 request! { AssociateRouteTableRequest {
@@ -86,6 +139,21 @@ request! { AttachInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     internet_gateway_id: Option<String>, "InternetGatewayId" [required];
     vpc_id: Option<String>, "VpcId" [required];
+}}
+
+request! { AttachNetworkInterfaceRequest {
+    device_index: Option<i32>, "DeviceIndex" [required];
+    dry_run: Option<bool>, "DryRun";
+    ena_queue_count: Option<i32>, "EnaQueueCount";
+    ena_srd_specification: Option<EnaSrdSpecification>, "EnaSrdSpecification";
+    instance_id: Option<String>, "InstanceId" [required];
+    network_card_index: Option<i32>, "NetworkCardIndex";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+}}
+
+answer! { AttachNetworkInterfaceResult {
+    attachment_id: Option<String>, "attachmentId";
+    network_card_index: Option<i32>, "networkCardIndex";
 }}
 
 request! { AttachVolumeRequest {
@@ -167,6 +235,12 @@ answer! { AvailabilityZone {
     zone_type: Option<String>, "zoneType";
 }}
 
+request! { AvailabilityZoneAddress {
+    allocation_ids: Vec<String>, "AllocationId";
+    availability_zone: Option<String>, "AvailabilityZone";
+    availability_zone_id: Option<String>, "AvailabilityZoneId";
+}}
+
 answer! { AvailabilityZoneGeography {
     name: Option<String>, "name";
 }}
@@ -214,6 +288,10 @@ answer! { CapacityReservationTargetResponse {
     capacity_reservation_resource_group_arn: Option<String>, "capacityReservationResourceGroupArn";
 }}
 
+answer! { CidrBlock {
+    cidr_block: Option<String>, "cidrBlock";
+}}
+
 answer! { ConnectionTrackingConfiguration {
     tcp_established_timeout: Option<i32>, "tcpEstablishedTimeout";
     udp_stream_timeout: Option<i32>, "udpStreamTimeout";
@@ -246,6 +324,16 @@ request! { CpuOptionsRequest {
     threads_per_core: Option<i32>, "ThreadsPerCore";
 }}
 
+request! { CreateDhcpOptionsRequest {
+    dhcp_configurations: Vec<NewDhcpConfiguration>, "DhcpConfiguration" [required];
+    dry_run: Option<bool>, "DryRun";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+answer! { CreateDhcpOptionsResult {
+    dhcp_options: Option<DhcpOptions>, "dhcpOptions";
+}}
+
 request! { CreateInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     tag_specifications: Vec<TagSpecification>, "TagSpecification";
@@ -261,6 +349,93 @@ request! { CreateKeyPairRequest {
     key_name: Option<String>, "KeyName" [required];
     key_type: Option<String>, "KeyType" [one_of KEY_TYPE];
     tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+request! { CreateManagedPrefixListRequest {
+    address_family: Option<String>, "AddressFamily" [required];
+    client_token: Option<String>, "ClientToken";
+    dry_run: Option<bool>, "DryRun";
+    entries: Vec<AddPrefixListEntry>, "Entry";
+    max_entries: Option<i32>, "MaxEntries" [required];
+    prefix_list_name: Option<String>, "PrefixListName" [required];
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+answer! { CreateManagedPrefixListResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { CreateNatGatewayRequest {
+    allocation_id: Option<String>, "AllocationId";
+    availability_mode: Option<String>, "AvailabilityMode" [one_of AVAILABILITY_MODE];
+    availability_zone_addresses: Vec<AvailabilityZoneAddress>, "AvailabilityZoneAddress";
+    client_token: Option<String>, "ClientToken";
+    connectivity_type: Option<String>, "ConnectivityType" [one_of CONNECTIVITY_TYPE];
+    dry_run: Option<bool>, "DryRun";
+    private_ip_address: Option<String>, "PrivateIpAddress";
+    secondary_allocation_ids: Vec<String>, "SecondaryAllocationId";
+    secondary_private_ip_address_count: Option<i32>, "SecondaryPrivateIpAddressCount" [within 1..=31];
+    secondary_private_ip_addresses: Vec<String>, "SecondaryPrivateIpAddress";
+    subnet_id: Option<String>, "SubnetId";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+    vpc_id: Option<String>, "VpcId";
+}}
+
+answer! { CreateNatGatewayResult {
+    client_token: Option<String>, "clientToken";
+    nat_gateway: Option<NatGateway>, "natGateway";
+}}
+
+request! { CreateNetworkAclEntryRequest {
+    cidr_block: Option<String>, "CidrBlock";
+    dry_run: Option<bool>, "DryRun";
+    egress: Option<bool>, "Egress" [required];
+    icmp_type_code: Option<IcmpTypeCode>, "Icmp";
+    ipv6_cidr_block: Option<String>, "Ipv6CidrBlock";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+    port_range: Option<PortRange>, "PortRange";
+    protocol: Option<String>, "Protocol" [required];
+    rule_action: Option<String>, "RuleAction" [required, one_of RULE_ACTION];
+    rule_number: Option<i32>, "RuleNumber" [required];
+}}
+
+request! { CreateNetworkAclRequest {
+    client_token: Option<String>, "ClientToken";
+    dry_run: Option<bool>, "DryRun";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+answer! { CreateNetworkAclResult {
+    client_token: Option<String>, "clientToken";
+    network_acl: Option<NetworkAcl>, "networkAcl";
+}}
+
+request! { CreateNetworkInterfaceRequest {
+    client_token: Option<String>, "ClientToken";
+    connection_tracking_specification: Option<ConnectionTrackingSpecificationRequest>, "ConnectionTrackingSpecification";
+    description: Option<String>, "Description";
+    dry_run: Option<bool>, "DryRun";
+    enable_primary_ipv6: Option<bool>, "EnablePrimaryIpv6";
+    groups: Vec<String>, "SecurityGroupId";
+    interface_type: Option<String>, "InterfaceType" [one_of NETWORK_INTERFACE_CREATION_TYPE];
+    ipv4_prefix_count: Option<i32>, "Ipv4PrefixCount";
+    ipv4_prefixes: Vec<Ipv4PrefixSpecificationRequest>, "Ipv4Prefix";
+    ipv6_address_count: Option<i32>, "Ipv6AddressCount";
+    ipv6_addresses: Vec<InstanceIpv6Address>, "Ipv6Addresses";
+    ipv6_prefix_count: Option<i32>, "Ipv6PrefixCount";
+    ipv6_prefixes: Vec<Ipv6PrefixSpecificationRequest>, "Ipv6Prefix";
+    operator: Option<OperatorRequest>, "Operator";
+    private_ip_address: Option<String>, "PrivateIpAddress";
+    private_ip_addresses: Vec<PrivateIpAddressSpecification>, "PrivateIpAddresses";
+    secondary_private_ip_address_count: Option<i32>, "SecondaryPrivateIpAddressCount";
+    subnet_id: Option<String>, "SubnetId" [required];
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+}}
+
+answer! { CreateNetworkInterfaceResult {
+    client_token: Option<String>, "clientToken";
+    network_interface: Option<NetworkInterface>, "networkInterface";
 }}
 
 request! { CreateRouteRequest {
@@ -358,6 +533,19 @@ request! { CreateVolumeRequest {
     volume_type: Option<String>, "VolumeType" [one_of VOLUME_TYPE];
 }}
 
+request! { CreateVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    peer_owner_id: Option<String>, "PeerOwnerId";
+    peer_region: Option<String>, "PeerRegion";
+    peer_vpc_id: Option<String>, "PeerVpcId";
+    tag_specifications: Vec<TagSpecification>, "TagSpecification";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+answer! { CreateVpcPeeringConnectionResult {
+    vpc_peering_connection: Option<VpcPeeringConnection>, "vpcPeeringConnection";
+}}
+
 request! { CreateVpcRequest {
     amazon_provided_ipv6_cidr_block: Option<bool>, "AmazonProvidedIpv6CidrBlock";
     cidr_block: Option<String>, "CidrBlock";
@@ -388,6 +576,11 @@ answer! { DefaultConnectionTrackingConfiguration {
     default_udp_timeout: Option<i32>, "defaultUdpTimeout";
 }}
 
+request! { DeleteDhcpOptionsRequest {
+    dhcp_options_id: Option<String>, "DhcpOptionsId" [required];
+    dry_run: Option<bool>, "DryRun";
+}}
+
 request! { DeleteInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     internet_gateway_id: Option<String>, "InternetGatewayId" [required];
@@ -402,6 +595,41 @@ request! { DeleteKeyPairRequest {
 answer! { DeleteKeyPairResult {
     key_pair_id: Option<String>, "keyPairId";
     r#return: Option<bool>, "return";
+}}
+
+request! { DeleteManagedPrefixListRequest {
+    dry_run: Option<bool>, "DryRun";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+}}
+
+answer! { DeleteManagedPrefixListResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { DeleteNatGatewayRequest {
+    dry_run: Option<bool>, "DryRun";
+    nat_gateway_id: Option<String>, "NatGatewayId" [required];
+}}
+
+answer! { DeleteNatGatewayResult {
+    nat_gateway_id: Option<String>, "natGatewayId";
+}}
+
+request! { DeleteNetworkAclEntryRequest {
+    dry_run: Option<bool>, "DryRun";
+    egress: Option<bool>, "Egress" [required];
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+    rule_number: Option<i32>, "RuleNumber" [required];
+}}
+
+request! { DeleteNetworkAclRequest {
+    dry_run: Option<bool>, "DryRun";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+}}
+
+request! { DeleteNetworkInterfaceRequest {
+    dry_run: Option<bool>, "DryRun";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
 }}
 
 request! { DeleteRouteRequest {
@@ -442,6 +670,15 @@ request! { DeleteTagsRequest {
 request! { DeleteVolumeRequest {
     dry_run: Option<bool>, "DryRun";
     volume_id: Option<String>, "VolumeId" [required];
+}}
+
+request! { DeleteVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { DeleteVpcPeeringConnectionResult {
+    r#return: Option<bool>, "return";
 }}
 
 request! { DeleteVpcRequest {
@@ -598,6 +835,32 @@ answer! { DescribeKeyPairsResult {
     key_pairs: Vec<KeyPairInfo>, "keySet";
 }}
 
+request! { DescribeManagedPrefixListsRequest {
+    dry_run: Option<bool>, "DryRun";
+    filters: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults" [within 1..=100];
+    next_token: Option<String>, "NextToken";
+    prefix_list_ids: Vec<String>, "PrefixListId";
+}}
+
+answer! { DescribeManagedPrefixListsResult {
+    next_token: Option<String>, "nextToken";
+    prefix_lists: Vec<ManagedPrefixList>, "prefixListSet";
+}}
+
+request! { DescribeNatGatewaysRequest {
+    dry_run: Option<bool>, "DryRun";
+    filter: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults" [within 5..=1000];
+    nat_gateway_ids: Vec<String>, "NatGatewayId";
+    next_token: Option<String>, "NextToken";
+}}
+
+answer! { DescribeNatGatewaysResult {
+    nat_gateways: Vec<NatGateway>, "natGatewaySet";
+    next_token: Option<String>, "nextToken";
+}}
+
 request! { DescribeNetworkAclsRequest {
     dry_run: Option<bool>, "DryRun";
     filters: Vec<Filter>, "Filter";
@@ -609,6 +872,21 @@ request! { DescribeNetworkAclsRequest {
 answer! { DescribeNetworkAclsResult {
     network_acls: Vec<NetworkAcl>, "networkAclSet";
     next_token: Option<String>, "nextToken";
+}}
+
+request! { DescribeNetworkInterfaceAttributeRequest {
+    attribute: Option<String>, "Attribute" [one_of NETWORK_INTERFACE_ATTRIBUTE];
+    dry_run: Option<bool>, "DryRun";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+}}
+
+answer! { DescribeNetworkInterfaceAttributeResult {
+    associate_public_ip_address: Option<bool>, "associatePublicIpAddress";
+    attachment: Option<NetworkInterfaceAttachment>, "attachment";
+    description: Option<AttributeValue>, "description";
+    groups: Vec<GroupIdentifier>, "groupSet" [sparse];
+    network_interface_id: Option<String>, "networkInterfaceId";
+    source_dest_check: Option<AttributeBooleanValue>, "sourceDestCheck";
 }}
 
 request! { DescribeNetworkInterfacesRequest {
@@ -623,6 +901,19 @@ request! { DescribeNetworkInterfacesRequest {
 answer! { DescribeNetworkInterfacesResult {
     network_interfaces: Vec<NetworkInterface>, "networkInterfaceSet";
     next_token: Option<String>, "nextToken";
+}}
+
+request! { DescribePrefixListsRequest {
+    dry_run: Option<bool>, "DryRun";
+    filters: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults";
+    next_token: Option<String>, "NextToken";
+    prefix_list_ids: Vec<String>, "PrefixListId";
+}}
+
+answer! { DescribePrefixListsResult {
+    next_token: Option<String>, "nextToken";
+    prefix_lists: Vec<PrefixList>, "prefixListSet";
 }}
 
 request! { DescribeRegionsRequest {
@@ -647,6 +938,15 @@ request! { DescribeRouteTablesRequest {
 answer! { DescribeRouteTablesResult {
     next_token: Option<String>, "nextToken";
     route_tables: Vec<RouteTable>, "routeTableSet";
+}}
+
+request! { DescribeSecurityGroupReferencesRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Vec<String>, "GroupId" [required];
+}}
+
+answer! { DescribeSecurityGroupReferencesResult {
+    security_group_reference_set: Vec<SecurityGroupReference>, "securityGroupReferenceSet";
 }}
 
 request! { DescribeSecurityGroupRulesRequest {
@@ -674,6 +974,18 @@ request! { DescribeSecurityGroupsRequest {
 answer! { DescribeSecurityGroupsResult {
     next_token: Option<String>, "nextToken";
     security_groups: Vec<SecurityGroup>, "securityGroupInfo";
+}}
+
+request! { DescribeStaleSecurityGroupsRequest {
+    dry_run: Option<bool>, "DryRun";
+    max_results: Option<i32>, "MaxResults" [within 5..=255];
+    next_token: Option<String>, "NextToken";
+    vpc_id: Option<String>, "VpcId" [required];
+}}
+
+answer! { DescribeStaleSecurityGroupsResult {
+    next_token: Option<String>, "nextToken";
+    stale_security_group_set: Vec<StaleSecurityGroup>, "staleSecurityGroupSet";
 }}
 
 request! { DescribeSubnetsRequest {
@@ -728,6 +1040,19 @@ answer! { DescribeVpcAttributeResult {
     vpc_id: Option<String>, "vpcId";
 }}
 
+request! { DescribeVpcPeeringConnectionsRequest {
+    dry_run: Option<bool>, "DryRun";
+    filters: Vec<Filter>, "Filter";
+    max_results: Option<i32>, "MaxResults" [within 5..=1000];
+    next_token: Option<String>, "NextToken";
+    vpc_peering_connection_ids: Vec<String>, "VpcPeeringConnectionId";
+}}
+
+answer! { DescribeVpcPeeringConnectionsResult {
+    next_token: Option<String>, "nextToken";
+    vpc_peering_connections: Vec<VpcPeeringConnection>, "vpcPeeringConnectionSet";
+}}
+
 request! { DescribeVpcsRequest {
     dry_run: Option<bool>, "DryRun";
     filters: Vec<Filter>, "Filter";
@@ -745,6 +1070,12 @@ request! { DetachInternetGatewayRequest {
     dry_run: Option<bool>, "DryRun";
     internet_gateway_id: Option<String>, "InternetGatewayId" [required];
     vpc_id: Option<String>, "VpcId" [required];
+}}
+
+request! { DetachNetworkInterfaceRequest {
+    attachment_id: Option<String>, "AttachmentId" [required];
+    dry_run: Option<bool>, "DryRun";
+    force: Option<bool>, "Force";
 }}
 
 request! { DetachVolumeRequest {
@@ -771,6 +1102,18 @@ request! { DisassociateAddressRequest {
     association_id: Option<String>, "AssociationId";
     dry_run: Option<bool>, "DryRun";
     public_ip: Option<String>, "PublicIp";
+}}
+
+request! { DisassociateNatGatewayAddressRequest {
+    association_ids: Vec<String>, "AssociationId" [required];
+    dry_run: Option<bool>, "DryRun";
+    max_drain_duration_seconds: Option<i32>, "MaxDrainDurationSeconds" [within 1..=4000];
+    nat_gateway_id: Option<String>, "NatGatewayId" [required];
+}}
+
+answer! { DisassociateNatGatewayAddressResult {
+    nat_gateway_addresses: Vec<NatGatewayAddress>, "natGatewayAddressSet";
+    nat_gateway_id: Option<String>, "natGatewayId";
 }}
 
 request! { DisassociateRouteTableRequest {
@@ -884,9 +1227,18 @@ answer! { ElasticInferenceAcceleratorAssociation {
     elastic_inference_accelerator_association_time: Option<Timestamp>, "elasticInferenceAcceleratorAssociationTime";
 }}
 
+request! { EnaSrdSpecification {
+    ena_srd_enabled: Option<bool>, "EnaSrdEnabled";
+    ena_srd_udp_specification: Option<EnaSrdUdpSpecification>, "EnaSrdUdpSpecification";
+}}
+
 request! { EnaSrdSpecificationRequest {
     ena_srd_enabled: Option<bool>, "EnaSrdEnabled";
     ena_srd_udp_specification: Option<EnaSrdUdpSpecificationRequest>, "EnaSrdUdpSpecification";
+}}
+
+request! { EnaSrdUdpSpecification {
+    ena_srd_udp_enabled: Option<bool>, "EnaSrdUdpEnabled";
 }}
 
 request! { EnaSrdUdpSpecificationRequest {
@@ -934,6 +1286,31 @@ answer! { GetConsoleOutputResult {
     timestamp: Option<Timestamp>, "timestamp";
 }}
 
+request! { GetManagedPrefixListAssociationsRequest {
+    dry_run: Option<bool>, "DryRun";
+    max_results: Option<i32>, "MaxResults" [within 5..=255];
+    next_token: Option<String>, "NextToken";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+}}
+
+answer! { GetManagedPrefixListAssociationsResult {
+    next_token: Option<String>, "nextToken";
+    prefix_list_associations: Vec<PrefixListAssociation>, "prefixListAssociationSet";
+}}
+
+request! { GetManagedPrefixListEntriesRequest {
+    dry_run: Option<bool>, "DryRun";
+    max_results: Option<i32>, "MaxResults" [within 1..=100];
+    next_token: Option<String>, "NextToken";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+    target_version: Option<i64>, "TargetVersion";
+}}
+
+answer! { GetManagedPrefixListEntriesResult {
+    entries: Vec<PrefixListEntry>, "entrySet";
+    next_token: Option<String>, "nextToken";
+}}
+
 answer! { GpuDeviceInfo {
     count: Option<i32>, "count";
     gpu_partition_size: Option<f64>, "gpuPartitionSize";
@@ -976,9 +1353,9 @@ request! { IamInstanceProfileSpecification {
     name: Option<String>, "Name";
 }}
 
-answer! { IcmpTypeCode {
-    code: Option<i32>, "code";
-    r#type: Option<i32>, "type";
+record! { IcmpTypeCode {
+    code: Option<i32>, "Code", "code";
+    r#type: Option<i32>, "Type", "type";
 }}
 
 answer! { Image {
@@ -1450,6 +1827,10 @@ request! { Ipv4PrefixSpecificationRequest {
     ipv4_prefix: Option<String>, "Ipv4Prefix";
 }}
 
+answer! { Ipv6CidrBlock {
+    ipv6_cidr_block: Option<String>, "ipv6CidrBlock";
+}}
+
 answer! { Ipv6PrefixSpecification {
     ipv6_prefix: Option<String>, "ipv6Prefix";
 }}
@@ -1493,6 +1874,21 @@ answer! { LicenseConfiguration {
 
 request! { LicenseConfigurationRequest {
     license_configuration_arn: Option<String>, "LicenseConfigurationArn";
+}}
+
+answer! { ManagedPrefixList {
+    address_family: Option<String>, "addressFamily";
+    ipam_prefix_list_resolver_sync_enabled: Option<bool>, "ipamPrefixListResolverSyncEnabled";
+    ipam_prefix_list_resolver_target_id: Option<String>, "ipamPrefixListResolverTargetId";
+    max_entries: Option<i32>, "maxEntries";
+    owner_id: Option<String>, "ownerId";
+    prefix_list_arn: Option<String>, "prefixListArn";
+    prefix_list_id: Option<String>, "prefixListId";
+    prefix_list_name: Option<String>, "prefixListName";
+    state: Option<String>, "state";
+    state_message: Option<String>, "stateMessage";
+    tags: Vec<Tag>, "tagSet";
+    version: Option<i64>, "version";
 }}
 
 answer! { MediaAcceleratorInfo {
@@ -1550,6 +1946,45 @@ answer! { ModifyInstanceMetadataOptionsResult {
     instance_metadata_options: Option<InstanceMetadataOptionsResponse>, "instanceMetadataOptions";
 }}
 
+request! { ModifyManagedPrefixListRequest {
+    add_entries: Vec<AddPrefixListEntry>, "AddEntry";
+    current_version: Option<i64>, "CurrentVersion";
+    dry_run: Option<bool>, "DryRun";
+    ipam_prefix_list_resolver_sync_enabled: Option<bool>, "IpamPrefixListResolverSyncEnabled";
+    max_entries: Option<i32>, "MaxEntries";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+    prefix_list_name: Option<String>, "PrefixListName";
+    remove_entries: Vec<RemovePrefixListEntry>, "RemoveEntry";
+}}
+
+answer! { ModifyManagedPrefixListResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
+}}
+
+request! { ModifyNetworkInterfaceAttributeRequest {
+    associate_public_ip_address: Option<bool>, "AssociatePublicIpAddress";
+    associated_subnet_ids: Vec<String>, "AssociatedSubnetId";
+    attachment: Option<NetworkInterfaceAttachmentChanges>, "Attachment";
+    connection_tracking_specification: Option<ConnectionTrackingSpecificationRequest>, "ConnectionTrackingSpecification";
+    description: Option<AttributeValue>, "Description";
+    dry_run: Option<bool>, "DryRun";
+    ena_srd_specification: Option<EnaSrdSpecification>, "EnaSrdSpecification";
+    enable_primary_ipv6: Option<bool>, "EnablePrimaryIpv6";
+    groups: Vec<String>, "SecurityGroupId";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    source_dest_check: Option<AttributeBooleanValue>, "SourceDestCheck";
+}}
+
+request! { ModifySecurityGroupRulesRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Option<String>, "GroupId" [required];
+    security_group_rules: Vec<SecurityGroupRuleUpdate>, "SecurityGroupRule" [required];
+}}
+
+answer! { ModifySecurityGroupRulesResult {
+    r#return: Option<bool>, "return";
+}}
+
 request! { ModifySubnetAttributeRequest {
     assign_ipv6_address_on_creation: Option<AttributeBooleanValue>, "AssignIpv6AddressOnCreation";
     customer_owned_ipv4_pool: Option<String>, "CustomerOwnedIpv4Pool";
@@ -1571,8 +2006,63 @@ request! { ModifyVpcAttributeRequest {
     vpc_id: Option<String>, "VpcId" [required];
 }}
 
+request! { ModifyVpcPeeringConnectionOptionsRequest {
+    accepter_peering_connection_options: Option<PeeringConnectionOptionsRequest>, "AccepterPeeringConnectionOptions";
+    dry_run: Option<bool>, "DryRun";
+    requester_peering_connection_options: Option<PeeringConnectionOptionsRequest>, "RequesterPeeringConnectionOptions";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { ModifyVpcPeeringConnectionOptionsResult {
+    accepter_peering_connection_options: Option<PeeringConnectionOptions>, "accepterPeeringConnectionOptions";
+    requester_peering_connection_options: Option<PeeringConnectionOptions>, "requesterPeeringConnectionOptions";
+}}
+
 answer! { Monitoring {
     state: Option<String>, "state";
+}}
+
+answer! { NatGateway {
+    attached_appliances: Vec<NatGatewayAttachedAppliance>, "attachedApplianceSet";
+    auto_provision_zones: Option<String>, "autoProvisionZones";
+    auto_scaling_ips: Option<String>, "autoScalingIps";
+    availability_mode: Option<String>, "availabilityMode";
+    connectivity_type: Option<String>, "connectivityType";
+    create_time: Option<Timestamp>, "createTime";
+    delete_time: Option<Timestamp>, "deleteTime";
+    failure_code: Option<String>, "failureCode";
+    failure_message: Option<String>, "failureMessage";
+    nat_gateway_addresses: Vec<NatGatewayAddress>, "natGatewayAddressSet";
+    nat_gateway_id: Option<String>, "natGatewayId";
+    provisioned_bandwidth: Option<ProvisionedBandwidth>, "provisionedBandwidth";
+    route_table_id: Option<String>, "routeTableId";
+    state: Option<String>, "state";
+    subnet_id: Option<String>, "subnetId";
+    tags: Vec<Tag>, "tagSet";
+    vpc_id: Option<String>, "vpcId";
+}}
+
+answer! { NatGatewayAddress {
+    allocation_id: Option<String>, "allocationId";
+    association_id: Option<String>, "associationId";
+    availability_zone: Option<String>, "availabilityZone";
+    availability_zone_id: Option<String>, "availabilityZoneId";
+    failure_message: Option<String>, "failureMessage";
+    is_primary: Option<bool>, "isPrimary";
+    network_interface_id: Option<String>, "networkInterfaceId";
+    private_ip: Option<String>, "privateIp";
+    public_ip: Option<String>, "publicIp";
+    status: Option<String>, "status";
+}}
+
+answer! { NatGatewayAttachedAppliance {
+    appliance_arn: Option<String>, "applianceArn";
+    attachment_state: Option<String>, "attachmentState";
+    failure_code: Option<String>, "failureCode";
+    failure_message: Option<String>, "failureMessage";
+    modification_state: Option<String>, "modificationState";
+    r#type: Option<String>, "type";
+    vpc_endpoint_id: Option<String>, "vpcEndpointId";
 }}
 
 answer! { NetworkAcl {
@@ -1694,6 +2184,13 @@ answer! { NetworkInterfaceAttachment {
     status: Option<String>, "status";
 }}
 
+request! { NetworkInterfaceAttachmentChanges {
+    attachment_id: Option<String>, "AttachmentId";
+    default_ena_queue_count: Option<bool>, "DefaultEnaQueueCount";
+    delete_on_termination: Option<bool>, "DeleteOnTermination";
+    ena_queue_count: Option<i32>, "EnaQueueCount";
+}}
+
 answer! { NetworkInterfaceIpv6Address {
     ipv6_address: Option<String>, "ipv6Address";
     is_primary_ipv6: Option<bool>, "isPrimaryIpv6";
@@ -1728,6 +2225,11 @@ answer! { NeuronInfo {
     total_neuron_device_memory_in_mi_b: Option<i32>, "totalNeuronDeviceMemoryInMiB";
 }}
 
+request! { NewDhcpConfiguration {
+    key: Option<String>, "Key";
+    values: Vec<String>, "Value";
+}}
+
 answer! { NitroTpmInfo {
     supported_versions: Vec<String>, "supportedVersions";
 }}
@@ -1740,6 +2242,18 @@ answer! { OperatorResponse {
     hidden_by_default: Option<bool>, "hiddenByDefault";
     managed: Option<bool>, "managed";
     principal: Option<String>, "principal";
+}}
+
+answer! { PeeringConnectionOptions {
+    allow_dns_resolution_from_remote_vpc: Option<bool>, "allowDnsResolutionFromRemoteVpc";
+    allow_egress_from_local_classic_link_to_remote_vpc: Option<bool>, "allowEgressFromLocalClassicLinkToRemoteVpc";
+    allow_egress_from_local_vpc_to_remote_classic_link: Option<bool>, "allowEgressFromLocalVpcToRemoteClassicLink";
+}}
+
+request! { PeeringConnectionOptionsRequest {
+    allow_dns_resolution_from_remote_vpc: Option<bool>, "AllowDnsResolutionFromRemoteVpc";
+    allow_egress_from_local_classic_link_to_remote_vpc: Option<bool>, "AllowEgressFromLocalClassicLinkToRemoteVpc";
+    allow_egress_from_local_vpc_to_remote_classic_link: Option<bool>, "AllowEgressFromLocalVpcToRemoteClassicLink";
 }}
 
 record! { Placement {
@@ -1759,9 +2273,25 @@ answer! { PlacementGroupInfo {
     supported_strategies: Vec<String>, "supportedStrategies";
 }}
 
-answer! { PortRange {
-    from: Option<i32>, "from";
-    to: Option<i32>, "to";
+record! { PortRange {
+    from: Option<i32>, "From", "from";
+    to: Option<i32>, "To", "to";
+}}
+
+answer! { PrefixList {
+    cidrs: Vec<String>, "cidrSet";
+    prefix_list_id: Option<String>, "prefixListId";
+    prefix_list_name: Option<String>, "prefixListName";
+}}
+
+answer! { PrefixListAssociation {
+    resource_id: Option<String>, "resourceId";
+    resource_owner: Option<String>, "resourceOwner";
+}}
+
+answer! { PrefixListEntry {
+    cidr: Option<String>, "cidr";
+    description: Option<String>, "description";
 }}
 
 record! { PrefixListId {
@@ -1808,6 +2338,14 @@ answer! { PropagatingVgw {
     gateway_id: Option<String>, "gatewayId";
 }}
 
+answer! { ProvisionedBandwidth {
+    provision_time: Option<Timestamp>, "provisionTime";
+    provisioned: Option<String>, "provisioned";
+    request_time: Option<Timestamp>, "requestTime";
+    requested: Option<String>, "requested";
+    status: Option<String>, "status";
+}}
+
 answer! { PublicIpDnsNameOptions {
     dns_hostname_type: Option<String>, "dnsHostnameType";
     public_dual_stack_dns_name: Option<String>, "publicDualStackDnsName";
@@ -1839,11 +2377,47 @@ answer! { RegionGeography {
     name: Option<String>, "name";
 }}
 
+request! { RejectVpcPeeringConnectionRequest {
+    dry_run: Option<bool>, "DryRun";
+    vpc_peering_connection_id: Option<String>, "VpcPeeringConnectionId" [required];
+}}
+
+answer! { RejectVpcPeeringConnectionResult {
+    r#return: Option<bool>, "return";
+}}
+
 request! { ReleaseAddressRequest {
     allocation_id: Option<String>, "AllocationId";
     dry_run: Option<bool>, "DryRun";
     network_border_group: Option<String>, "NetworkBorderGroup";
     public_ip: Option<String>, "PublicIp";
+}}
+
+request! { RemovePrefixListEntry {
+    cidr: Option<String>, "Cidr" [required];
+}}
+
+request! { ReplaceNetworkAclAssociationRequest {
+    association_id: Option<String>, "AssociationId" [required];
+    dry_run: Option<bool>, "DryRun";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+}}
+
+answer! { ReplaceNetworkAclAssociationResult {
+    new_association_id: Option<String>, "newAssociationId";
+}}
+
+request! { ReplaceNetworkAclEntryRequest {
+    cidr_block: Option<String>, "CidrBlock";
+    dry_run: Option<bool>, "DryRun";
+    egress: Option<bool>, "Egress" [required];
+    icmp_type_code: Option<IcmpTypeCode>, "Icmp";
+    ipv6_cidr_block: Option<String>, "Ipv6CidrBlock";
+    network_acl_id: Option<String>, "NetworkAclId" [required];
+    port_range: Option<PortRange>, "PortRange";
+    protocol: Option<String>, "Protocol" [required];
+    rule_action: Option<String>, "RuleAction" [required, one_of RULE_ACTION];
+    rule_number: Option<i32>, "RuleNumber" [required];
 }}
 
 request! { ReplaceRouteRequest {
@@ -1884,6 +2458,23 @@ answer! { Reservation {
     owner_id: Option<String>, "ownerId";
     requester_id: Option<String>, "requesterId";
     reservation_id: Option<String>, "reservationId";
+}}
+
+request! { ResetNetworkInterfaceAttributeRequest {
+    dry_run: Option<bool>, "DryRun";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    source_dest_check: Option<String>, "SourceDestCheck";
+}}
+
+request! { RestoreManagedPrefixListVersionRequest {
+    current_version: Option<i64>, "CurrentVersion" [required];
+    dry_run: Option<bool>, "DryRun";
+    prefix_list_id: Option<String>, "PrefixListId" [required];
+    previous_version: Option<i64>, "PreviousVersion" [required];
+}}
+
+answer! { RestoreManagedPrefixListVersionResult {
+    prefix_list: Option<ManagedPrefixList>, "prefixList";
 }}
 
 request! { RevokeSecurityGroupEgressRequest {
@@ -2048,6 +2639,13 @@ answer! { SecurityGroup {
     vpc_id: Option<String>, "vpcId";
 }}
 
+answer! { SecurityGroupReference {
+    group_id: Option<String>, "groupId";
+    referencing_vpc_id: Option<String>, "referencingVpcId";
+    transit_gateway_id: Option<String>, "transitGatewayId";
+    vpc_peering_connection_id: Option<String>, "vpcPeeringConnectionId";
+}}
+
 answer! { SecurityGroupRule {
     cidr_ipv4: Option<String>, "cidrIpv4";
     cidr_ipv6: Option<String>, "cidrIpv6";
@@ -2065,12 +2663,51 @@ answer! { SecurityGroupRule {
     to_port: Option<i32>, "toPort";
 }}
 
+request! { SecurityGroupRuleDescription {
+    description: Option<String>, "Description";
+    security_group_rule_id: Option<String>, "SecurityGroupRuleId";
+}}
+
+request! { SecurityGroupRuleRequest {
+    cidr_ipv4: Option<String>, "CidrIpv4";
+    cidr_ipv6: Option<String>, "CidrIpv6";
+    description: Option<String>, "Description";
+    from_port: Option<i32>, "FromPort";
+    ip_protocol: Option<String>, "IpProtocol";
+    prefix_list_id: Option<String>, "PrefixListId";
+    referenced_group_id: Option<String>, "ReferencedGroupId";
+    to_port: Option<i32>, "ToPort";
+}}
+
+request! { SecurityGroupRuleUpdate {
+    security_group_rule: Option<SecurityGroupRuleRequest>, "SecurityGroupRule";
+    security_group_rule_id: Option<String>, "SecurityGroupRuleId" [required];
+}}
+
 request! { SpotMarketOptions {
     block_duration_minutes: Option<i32>, "BlockDurationMinutes";
     instance_interruption_behavior: Option<String>, "InstanceInterruptionBehavior" [one_of INSTANCE_INTERRUPTION_BEHAVIOR];
     max_price: Option<String>, "MaxPrice";
     spot_instance_type: Option<String>, "SpotInstanceType" [one_of SPOT_INSTANCE_TYPE];
     valid_until: Option<Timestamp>, "ValidUntil";
+}}
+
+answer! { StaleIpPermission {
+    from_port: Option<i32>, "fromPort";
+    ip_protocol: Option<String>, "ipProtocol";
+    ip_ranges: Vec<String>, "ipRanges";
+    prefix_list_ids: Vec<String>, "prefixListIds";
+    to_port: Option<i32>, "toPort";
+    user_id_group_pairs: Vec<UserIdGroupPair>, "groups";
+}}
+
+answer! { StaleSecurityGroup {
+    description: Option<String>, "description";
+    group_id: Option<String>, "groupId";
+    group_name: Option<String>, "groupName";
+    stale_ip_permissions: Vec<StaleIpPermission>, "staleIpPermissions";
+    stale_ip_permissions_egress: Vec<StaleIpPermission>, "staleIpPermissionsEgress";
+    vpc_id: Option<String>, "vpcId";
 }}
 
 request! { StartInstancesRequest {
@@ -2165,6 +2802,36 @@ request! { TerminateInstancesRequest {
 
 answer! { TerminateInstancesResult {
     terminating_instances: Vec<InstanceStateChange>, "instancesSet";
+}}
+
+request! { UnassignPrivateIpAddressesRequest {
+    ipv4_prefixes: Vec<String>, "Ipv4Prefix";
+    network_interface_id: Option<String>, "NetworkInterfaceId" [required];
+    private_ip_addresses: Vec<String>, "PrivateIpAddress";
+}}
+
+request! { UpdateSecurityGroupRuleDescriptionsEgressRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Option<String>, "GroupId";
+    group_name: Option<String>, "GroupName";
+    ip_permissions: Vec<IpPermission>, "IpPermissions";
+    security_group_rule_descriptions: Vec<SecurityGroupRuleDescription>, "SecurityGroupRuleDescription";
+}}
+
+answer! { UpdateSecurityGroupRuleDescriptionsEgressResult {
+    r#return: Option<bool>, "return";
+}}
+
+request! { UpdateSecurityGroupRuleDescriptionsIngressRequest {
+    dry_run: Option<bool>, "DryRun";
+    group_id: Option<String>, "GroupId";
+    group_name: Option<String>, "GroupName";
+    ip_permissions: Vec<IpPermission>, "IpPermissions";
+    security_group_rule_descriptions: Vec<SecurityGroupRuleDescription>, "SecurityGroupRuleDescription";
+}}
+
+answer! { UpdateSecurityGroupRuleDescriptionsIngressResult {
+    r#return: Option<bool>, "return";
 }}
 
 record! { UserIdGroupPair {
@@ -2295,31 +2962,80 @@ answer! { VpcIpv6CidrBlockAssociation {
     network_border_group: Option<String>, "networkBorderGroup";
 }}
 
+answer! { VpcPeeringConnection {
+    accepter_vpc_info: Option<VpcPeeringConnectionVpcInfo>, "accepterVpcInfo";
+    expiration_time: Option<Timestamp>, "expirationTime";
+    requester_vpc_info: Option<VpcPeeringConnectionVpcInfo>, "requesterVpcInfo";
+    status: Option<VpcPeeringConnectionStateReason>, "status";
+    tags: Vec<Tag>, "tagSet";
+    vpc_peering_connection_id: Option<String>, "vpcPeeringConnectionId";
+}}
+
+answer! { VpcPeeringConnectionOptionsDescription {
+    allow_dns_resolution_from_remote_vpc: Option<bool>, "allowDnsResolutionFromRemoteVpc";
+    allow_egress_from_local_classic_link_to_remote_vpc: Option<bool>, "allowEgressFromLocalClassicLinkToRemoteVpc";
+    allow_egress_from_local_vpc_to_remote_classic_link: Option<bool>, "allowEgressFromLocalVpcToRemoteClassicLink";
+}}
+
+answer! { VpcPeeringConnectionStateReason {
+    code: Option<String>, "code";
+    message: Option<String>, "message";
+}}
+
+answer! { VpcPeeringConnectionVpcInfo {
+    cidr_block: Option<String>, "cidrBlock";
+    cidr_block_set: Vec<CidrBlock>, "cidrBlockSet";
+    ipv6_cidr_block_set: Vec<Ipv6CidrBlock>, "ipv6CidrBlockSet";
+    owner_id: Option<String>, "ownerId";
+    peering_options: Option<VpcPeeringConnectionOptionsDescription>, "peeringOptions";
+    region: Option<String>, "region";
+    vpc_id: Option<String>, "vpcId";
+}}
+
 // Requests, and whether they can be tried without effect.
+requests!(AcceptVpcPeeringConnectionRequest, dry_run);
 requests!(AllocateAddressRequest, dry_run);
+requests!(AssignPrivateIpAddressesRequest, always);
 requests!(AssociateAddressRequest, dry_run);
+requests!(AssociateDhcpOptionsRequest, dry_run);
+requests!(AssociateNatGatewayAddressRequest, dry_run);
 requests!(AssociateRouteTableRequest, dry_run);
 requests!(AttachInternetGatewayRequest, dry_run);
+requests!(AttachNetworkInterfaceRequest, dry_run);
 requests!(AttachVolumeRequest, dry_run);
 requests!(AuthorizeSecurityGroupEgressRequest, dry_run);
 requests!(AuthorizeSecurityGroupIngressRequest, dry_run);
+requests!(CreateDhcpOptionsRequest, dry_run);
 requests!(CreateInternetGatewayRequest, dry_run);
 requests!(CreateKeyPairRequest, dry_run);
+requests!(CreateManagedPrefixListRequest, dry_run);
+requests!(CreateNatGatewayRequest, dry_run);
+requests!(CreateNetworkAclEntryRequest, dry_run);
+requests!(CreateNetworkAclRequest, dry_run);
+requests!(CreateNetworkInterfaceRequest, dry_run);
 requests!(CreateRouteRequest, dry_run);
 requests!(CreateRouteTableRequest, dry_run);
 requests!(CreateSecurityGroupRequest, dry_run);
 requests!(CreateSubnetRequest, dry_run);
 requests!(CreateTagsRequest, dry_run);
 requests!(CreateVolumeRequest, dry_run);
+requests!(CreateVpcPeeringConnectionRequest, dry_run);
 requests!(CreateVpcRequest, dry_run);
+requests!(DeleteDhcpOptionsRequest, dry_run);
 requests!(DeleteInternetGatewayRequest, dry_run);
 requests!(DeleteKeyPairRequest, dry_run);
+requests!(DeleteManagedPrefixListRequest, dry_run);
+requests!(DeleteNatGatewayRequest, dry_run);
+requests!(DeleteNetworkAclEntryRequest, dry_run);
+requests!(DeleteNetworkAclRequest, dry_run);
+requests!(DeleteNetworkInterfaceRequest, dry_run);
 requests!(DeleteRouteRequest, dry_run);
 requests!(DeleteRouteTableRequest, dry_run);
 requests!(DeleteSecurityGroupRequest, dry_run);
 requests!(DeleteSubnetRequest, dry_run);
 requests!(DeleteTagsRequest, dry_run);
 requests!(DeleteVolumeRequest, dry_run);
+requests!(DeleteVpcPeeringConnectionRequest, dry_run);
 requests!(DeleteVpcRequest, dry_run);
 requests!(DescribeAccountAttributesRequest, dry_run);
 requests!(DescribeAddressesRequest, dry_run);
@@ -2333,42 +3049,67 @@ requests!(DescribeInstanceTypesRequest, dry_run);
 requests!(DescribeInstancesRequest, dry_run);
 requests!(DescribeInternetGatewaysRequest, dry_run);
 requests!(DescribeKeyPairsRequest, dry_run);
+requests!(DescribeManagedPrefixListsRequest, dry_run);
+requests!(DescribeNatGatewaysRequest, dry_run);
 requests!(DescribeNetworkAclsRequest, dry_run);
+requests!(DescribeNetworkInterfaceAttributeRequest, dry_run);
 requests!(DescribeNetworkInterfacesRequest, dry_run);
+requests!(DescribePrefixListsRequest, dry_run);
 requests!(DescribeRegionsRequest, dry_run);
 requests!(DescribeRouteTablesRequest, dry_run);
+requests!(DescribeSecurityGroupReferencesRequest, dry_run);
 requests!(DescribeSecurityGroupRulesRequest, dry_run);
 requests!(DescribeSecurityGroupsRequest, dry_run);
+requests!(DescribeStaleSecurityGroupsRequest, dry_run);
 requests!(DescribeSubnetsRequest, dry_run);
 requests!(DescribeTagsRequest, dry_run);
 requests!(DescribeVolumesRequest, dry_run);
 requests!(DescribeVpcAttributeRequest, dry_run);
+requests!(DescribeVpcPeeringConnectionsRequest, dry_run);
 requests!(DescribeVpcsRequest, dry_run);
 requests!(DetachInternetGatewayRequest, dry_run);
+requests!(DetachNetworkInterfaceRequest, dry_run);
 requests!(DetachVolumeRequest, dry_run);
 requests!(DisassociateAddressRequest, dry_run);
+requests!(DisassociateNatGatewayAddressRequest, dry_run);
 requests!(DisassociateRouteTableRequest, dry_run);
 requests!(GetConsoleOutputRequest, dry_run);
+requests!(GetManagedPrefixListAssociationsRequest, dry_run);
+requests!(GetManagedPrefixListEntriesRequest, dry_run);
 requests!(ImportKeyPairRequest, dry_run);
 requests!(ModifyInstanceAttributeRequest, dry_run);
 requests!(ModifyInstanceMetadataOptionsRequest, dry_run);
+requests!(ModifyManagedPrefixListRequest, dry_run);
+requests!(ModifyNetworkInterfaceAttributeRequest, dry_run);
+requests!(ModifySecurityGroupRulesRequest, dry_run);
 requests!(ModifySubnetAttributeRequest, always);
 requests!(ModifyVpcAttributeRequest, always);
+requests!(ModifyVpcPeeringConnectionOptionsRequest, dry_run);
 requests!(RebootInstancesRequest, dry_run);
+requests!(RejectVpcPeeringConnectionRequest, dry_run);
 requests!(ReleaseAddressRequest, dry_run);
+requests!(ReplaceNetworkAclAssociationRequest, dry_run);
+requests!(ReplaceNetworkAclEntryRequest, dry_run);
 requests!(ReplaceRouteRequest, dry_run);
 requests!(ReplaceRouteTableAssociationRequest, dry_run);
+requests!(ResetNetworkInterfaceAttributeRequest, dry_run);
+requests!(RestoreManagedPrefixListVersionRequest, dry_run);
 requests!(RevokeSecurityGroupEgressRequest, dry_run);
 requests!(RevokeSecurityGroupIngressRequest, dry_run);
 requests!(RunInstancesRequest, dry_run);
 requests!(StartInstancesRequest, dry_run);
 requests!(StopInstancesRequest, dry_run);
 requests!(TerminateInstancesRequest, dry_run);
+requests!(UnassignPrivateIpAddressesRequest, always);
+requests!(UpdateSecurityGroupRuleDescriptionsEgressRequest, dry_run);
+requests!(UpdateSecurityGroupRuleDescriptionsIngressRequest, dry_run);
 
 // Words that a member may hold, sorted.
 pub const ACCOUNT_ATTRIBUTE_NAME: &[&str] = &["default-vpc", "supported-platforms"];
 pub const AMD_SEV_SNP_SPECIFICATION: &[&str] = &["disabled", "enabled"];
+pub const AVAILABILITY_MODE: &[&str] = &["regional", "zonal"];
 pub const CAPACITY_RESERVATION_PREFERENCE: &[&str] = &["capacity-reservations-only", "none", "open"];
+pub const CONNECTIVITY_TYPE: &[&str] = &["private", "public"];
 pub const DOMAIN_TYPE: &[&str] = &["standard", "vpc"];
 pub const HOSTNAME_TYPE: &[&str] = &["ip-name", "resource-name"];
 pub const HTTP_TOKENS_STATE: &[&str] = &["optional", "required"];
@@ -2401,6 +3142,8 @@ pub const KEY_TYPE: &[&str] = &["ed25519", "rsa"];
 pub const LOCATION_TYPE: &[&str] = &["availability-zone", "availability-zone-id", "outpost", "region"];
 pub const MARKET_TYPE: &[&str] = &["capacity-block", "interruptible-capacity-reservation", "spot"];
 pub const NESTED_VIRTUALIZATION_SPECIFICATION: &[&str] = &["disabled", "enabled"];
+pub const NETWORK_INTERFACE_ATTRIBUTE: &[&str] = &["associatePublicIpAddress", "attachment", "description", "groupSet", "sourceDestCheck"];
+pub const NETWORK_INTERFACE_CREATION_TYPE: &[&str] = &["branch", "efa", "efa-only", "trunk"];
 pub const RESOURCE_TYPE: &[&str] = &[
     "capacity-block",
     "capacity-manager-data-export",
@@ -2511,6 +3254,7 @@ pub const RESOURCE_TYPE: &[&str] = &[
     "vpn-connection-device-type",
     "vpn-gateway",
 ];
+pub const RULE_ACTION: &[&str] = &["allow", "deny"];
 pub const SECONDARY_INTERFACE_TYPE: &[&str] = &["secondary"];
 pub const SHUTDOWN_BEHAVIOR: &[&str] = &["stop", "terminate"];
 pub const SPOT_INSTANCE_TYPE: &[&str] = &["one-time", "persistent"];

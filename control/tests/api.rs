@@ -242,6 +242,65 @@ fn a_dry_run_changes_nothing() {
 }
 
 #[test]
+fn the_network_of_a_vpc_is_made_over_the_wire_and_every_change_can_be_tried_first() {
+    let server = Server::start();
+    let vpc = server.first("Action=DescribeVpcs", "vpcId");
+    let subnet = server.first("Action=DescribeSubnets&Filter.1.Name=availability-zone&Filter.1.Value.1=us-east-1a", "subnetId");
+    let table = server.first("Action=DescribeRouteTables", "routeTableId");
+    let tried = |form: &str| server.ec2(&format!("{form}&DryRun=true")).is_error(412, "DryRunOperation");
+    let make = |form: &str, name: &str| {
+        tried(form);
+        server.first(form, name)
+    };
+    let done = |form: &str| {
+        tried(form);
+        server.ec2(form).is(200, "<return>true</return>");
+    };
+    let acl = make(
+        &format!("Action=CreateNetworkAcl&VpcId={vpc}&TagSpecification.1.ResourceType=network-acl&TagSpecification.1.Tag.1.Key=k"),
+        "networkAclId",
+    );
+    let entry = format!("NetworkAclId={acl}&RuleNumber=100&Egress=false");
+    let rule = format!("{entry}&Protocol=6&RuleAction=allow&CidrBlock=10.0.0.0%2F8&PortRange.From=22&PortRange.To=22");
+    done(&format!("Action=CreateNetworkAclEntry&{rule}"));
+    done(&format!("Action=ReplaceNetworkAclEntry&{entry}&Protocol=1&RuleAction=deny&CidrBlock=10.0.0.0%2F8&Icmp.Type=8&Icmp.Code=-1"));
+    let shown = server.ec2("Action=DescribeNetworkAcls&Filter.1.Name=entry.icmp.type&Filter.1.Value.1=8");
+    shown.is(200, "<icmpTypeCode><code>-1</code><type>8</type></icmpTypeCode>");
+    let held = format!("Filter.1.Name=association.subnet-id&Filter.1.Value.1={subnet}");
+    let default = server.ec2(&format!("Action=DescribeNetworkAcls&{held}"));
+    let association = default.body.split(&format!("<subnetId>{subnet}")).next().unwrap().rsplit("aclassoc-").next().unwrap();
+    let association = association.split('<').next().unwrap();
+    make(&format!("Action=ReplaceNetworkAclAssociation&AssociationId=aclassoc-{association}&NetworkAclId={acl}"), "newAssociationId");
+    assert_eq!(server.first(&format!("Action=DescribeNetworkAcls&{held}"), "networkAclId"), acl);
+    done(&format!("Action=DeleteNetworkAclEntry&{entry}"));
+    server.ec2(&format!("Action=DeleteNetworkAcl&NetworkAclId={acl}")).is_error(400, "DependencyViolation");
+
+    let elastic: Vec<String> = (0..2).map(|_| server.first("Action=AllocateAddress&Domain=vpc", "allocationId")).collect();
+    let gateway = format!("Action=CreateNatGateway&SubnetId={subnet}&AllocationId={}&SecondaryAllocationId.1={}", elastic[0], elastic[1]);
+    let nat = make(&format!("{gateway}&ClientToken=t"), "natGatewayId");
+    assert_eq!(server.first(&format!("{gateway}&ClientToken=t"), "natGatewayId"), nat);
+    let shown = server.ec2("Action=DescribeNatGateways&Filter.1.Name=state&Filter.1.Value.1=pending&MaxResults=5");
+    shown.is(200, "<isPrimary>true</isPrimary>");
+    assert_eq!(shown.body.matches("<associationId>eipassoc-").count(), 2);
+    done(&format!("Action=CreateRoute&RouteTableId={table}&DestinationCidrBlock=198.18.0.0%2F15&NatGatewayId={nat}"));
+    assert_eq!(make(&format!("Action=DeleteNatGateway&NatGatewayId={nat}"), "natGatewayId"), nat);
+    server.ec2(&format!("Action=DescribeRouteTables&RouteTableId.1={table}")).is(200, "<state>blackhole</state>");
+
+    let other = server.first("Action=CreateVpc&CidrBlock=10.8.0.0%2F16", "vpcId");
+    let peering = make(&format!("Action=CreateVpcPeeringConnection&VpcId={vpc}&PeerVpcId={other}"), "vpcPeeringConnectionId");
+    let named = format!("VpcPeeringConnectionId={peering}");
+    assert_eq!(make(&format!("Action=AcceptVpcPeeringConnection&{named}"), "code"), "active");
+    done(&format!("Action=ReplaceRoute&RouteTableId={table}&DestinationCidrBlock=198.18.0.0%2F15&{named}"));
+    let options = "RequesterPeeringConnectionOptions.AllowDnsResolutionFromRemoteVpc=false";
+    let answer = server.ec2(&format!("Action=ModifyVpcPeeringConnectionOptions&{named}&{options}"));
+    answer.is(200, "<allowDnsResolutionFromRemoteVpc>false</allowDnsResolutionFromRemoteVpc>");
+    done(&format!("Action=DeleteVpcPeeringConnection&{named}"));
+    let shown = server.ec2(&format!("Action=DescribeVpcPeeringConnections&VpcPeeringConnectionId.1={peering}"));
+    shown.is(200, &format!("<code>deleted</code><message>Deleted by {}</message>", server.credentials.account_id));
+    server.ec2(&format!("Action=DescribeStaleSecurityGroups&VpcId={vpc}")).is(200, "<staleSecurityGroupSet/>");
+}
+
+#[test]
 fn who_asks_too_often_is_refused_on_both_skins_and_nothing_is_done() {
     let server = Server::start_with(Some(Throttle::default()));
     let image = server.furnish();

@@ -16,6 +16,9 @@ use crate::{figure, process};
 /// moto answers too slowly for as many requests as we take.
 const PEER_SHARE: usize = 20;
 
+/// How long an answer may take; moto needs seconds for a launch of 30.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A server under measurement.
 struct Server {
     address: String,
@@ -65,14 +68,14 @@ pub fn describe(runs: usize, instances: usize, requests: usize, moto: Option<&Pa
 
 /// Launches `count` instances and returns the id of one.
 fn launch(server: &Server, image: &str, count: usize) -> Result<String> {
-    let mut connection = server.connect()?;
+    let mut connection = server.connect();
     let mut id = None;
     let mut left = count;
     while left > 0 {
         // A batch has to fit into one zone: 8 hosts of 8 cores hold 32.
         let batch = left.min(30);
         let body = format!("Action=RunInstances&Version=2016-11-15&ImageId={image}&InstanceType=t3.nano&MinCount={batch}&MaxCount={batch}");
-        let answer = String::from_utf8_lossy(&exchange(&mut connection, &server.message(&body)?)?).into_owned();
+        let answer = String::from_utf8_lossy(&connection.exchange(&server.message(&body)?)?).into_owned();
         let found = answer.split_once("<instanceId>").and_then(|(_, rest)| rest.split_once('<')).map(|(id, _)| id.to_owned());
         id = Some(found.ok_or_else(|| anyhow!("no instance: {answer}"))?);
         left -= batch;
@@ -83,15 +86,15 @@ fn launch(server: &Server, image: &str, count: usize) -> Result<String> {
 /// CPU microseconds of the server per request, and requests per second.
 fn load(server: &Server, id: &str, requests: usize) -> Result<(f64, f64)> {
     let body = format!("Action=DescribeInstances&Version=2016-11-15&InstanceId.1={id}");
-    let mut connection = server.connect()?;
+    let mut connection = server.connect();
     let message = server.message(&body)?;
-    let answer = exchange(&mut connection, &message)?;
+    let answer = connection.exchange(&message)?;
     if !String::from_utf8_lossy(&answer).contains(id) {
         bail!("an answer without {id}: {}", String::from_utf8_lossy(&answer));
     }
     let (before, begun) = (process::cpu_s(server.pid), Instant::now());
     for _ in 0..requests {
-        exchange(&mut connection, &message)?;
+        connection.exchange(&message)?;
     }
     let seconds = begun.elapsed().as_secs_f64();
     #[allow(clippy::cast_precision_loss)] // far below 2^52
@@ -99,13 +102,21 @@ fn load(server: &Server, id: &str, requests: usize) -> Result<(f64, f64)> {
     Ok(((process::cpu_s(server.pid) - before) * 1e6 / count, count / seconds))
 }
 
-type Connection = BufReader<TcpStream>;
+/// A connection that is kept for as long as the server keeps it; moto's ends with every answer.
+struct Connection<'a> {
+    server: &'a Server,
+    stream: Option<BufReader<TcpStream>>,
+}
 
 impl Server {
-    fn connect(&self) -> Result<Connection> {
+    fn connect(&self) -> Connection<'_> {
+        Connection { server: self, stream: None }
+    }
+
+    fn open(&self) -> Result<BufReader<TcpStream>> {
         let stream = TcpStream::connect(&self.address).with_context(|| self.address.clone())?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         Ok(BufReader::new(stream))
     }
 
@@ -127,27 +138,32 @@ impl Server {
     }
 }
 
-/// One request and its answer's body on a kept connection.
-fn exchange(connection: &mut Connection, message: &[u8]) -> Result<Vec<u8>> {
-    connection.get_mut().write_all(message)?;
-    let (mut line, mut length) = (String::new(), None);
-    loop {
-        line.clear();
-        if connection.read_line(&mut line)? == 0 {
-            bail!("the server hung up");
+impl Connection<'_> {
+    /// One request and its answer's body.
+    fn exchange(&mut self, message: &[u8]) -> Result<Vec<u8>> {
+        let mut stream = self.stream.take().map_or_else(|| self.server.open(), Ok)?;
+        stream.get_mut().write_all(message)?;
+        let (mut line, mut length, mut kept) = (String::new(), None, true);
+        loop {
+            line.clear();
+            if stream.read_line(&mut line)? == 0 {
+                bail!("the server hung up");
+            }
+            if line == "\r\n" {
+                break;
+            }
+            let (name, value) = line.split_once(':').unwrap_or((&line, ""));
+            match name.to_ascii_lowercase().as_str() {
+                "content-length" => length = value.trim().parse::<usize>().ok(),
+                "connection" => kept = !value.trim().eq_ignore_ascii_case("close"),
+                _ => {}
+            }
         }
-        if line == "\r\n" {
-            break;
-        }
-        if let Some((name, value)) = line.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
-            length = value.trim().parse::<usize>().ok();
-        }
+        let mut body = vec![0; length.ok_or_else(|| anyhow!("an answer without a length"))?];
+        stream.read_exact(&mut body)?;
+        self.stream = kept.then_some(stream);
+        Ok(body)
     }
-    let mut body = vec![0; length.ok_or_else(|| anyhow!("an answer without a length"))?];
-    connection.read_exact(&mut body)?;
-    Ok(body)
 }
 
 /// moto in server mode; ends with this value.

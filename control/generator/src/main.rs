@@ -29,7 +29,8 @@ const LONGEST_ENUM: usize = 200;
 const LINE_WIDTH: usize = 140;
 
 /// Shapes of which EC2 leaves out lists that are empty.
-const SPARSE: [&str; 5] = ["AvailabilityZone", "Instance", "InstanceAttribute", "InstanceNetworkInterface", "Region"];
+const SPARSE: [&str; 6] =
+    ["AvailabilityZone", "DescribeNetworkInterfaceAttributeResult", "Instance", "InstanceAttribute", "InstanceNetworkInterface", "Region"];
 
 /// Members of sparse shapes whose empty list EC2 does send.
 const ALWAYS: [(&str, &str); 8] = [

@@ -4,6 +4,8 @@
 //! them where the other ports are. Lists are sorted, so that equal wishes are
 //! equal messages and a generation rises only when something changed.
 
+mod network;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -12,11 +14,13 @@ use ipnet::Ipv4Net;
 use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 
+pub(super) use network::Networks;
+
 use crate::model::{
-    AttachmentState, Card, DhcpOptions, Instance, InstanceState, NetworkInterface, ObjectKind, REGION, RouteTarget, RuleRemote,
-    SecurityGroup, SecurityGroupRule, Subnet, Volume, Vpc,
+    AttachmentState, Card, DhcpOptions, Instance, InstanceState, NatGateway, NatGatewayAddressState, NetworkInterface, ObjectKind,
+    PrefixList, REGION, RuleRemote, SecurityGroup, SecurityGroupRule, Subnet, Volume, Vpc,
 };
-use crate::resource::{address, instance, network_interface, route_table, tag, volume, vpc};
+use crate::resource::{address, instance, nat_gateway, network_interface, tag, volume, vpc};
 use crate::world::{Region, Tx};
 
 /// An object for a card; the generation is set when it is sent.
@@ -109,16 +113,23 @@ pub(super) fn wants_machine(instance: &Instance) -> bool {
     }
 }
 
+/// Whether a NAT gateway shall be on its card.
+pub(super) fn wants_gateway(gateway: &NatGateway) -> bool {
+    nat_gateway::is_usable(gateway)
+}
+
 /// Everything that a card shall hold.
-pub(super) fn objects(tx: &Tx<'_>, region: &Region, card_id: &str) -> BTreeMap<ObjectKey, Object> {
+pub(super) fn objects(tx: &Tx<'_>, region: &Region, networks: &mut Networks, card_id: &str) -> BTreeMap<ObjectKey, Object> {
     let mut objects = Vec::new();
-    let mut vpcs = BTreeMap::<(String, String), BTreeSet<String>>::new();
+    // The VPCs that have a port or a gateway here, with the groups that rules of these ports name.
+    let mut own = BTreeMap::<(String, String), BTreeSet<String>>::new();
     for row in tx.find_all::<Instance>("card", card_id).iter().filter(|row| wants_machine(row)) {
         let account = row.account_id.as_str();
-        let interfaces = instance::interfaces(tx, account, &row.id);
+        let mut interfaces = instance::interfaces(tx, account, &row.id);
+        interfaces.retain(|interface| !is_leaving(interface));
         let ports: Vec<card::Port> = interfaces.iter().filter_map(|interface| port(tx, region, row, interface)).collect();
         for port in &ports {
-            let groups = vpcs.entry((account.to_owned(), port.vpc_id.clone())).or_default();
+            let groups = own.entry((account.to_owned(), port.vpc_id.clone())).or_default();
             groups.extend(remote_groups(port));
         }
         let disks: Vec<card::Disk> = instance::volumes(tx, account, &row.id).iter().filter_map(|volume| disk(tx, volume)).collect();
@@ -126,14 +137,57 @@ pub(super) fn objects(tx: &Tx<'_>, region: &Region, card_id: &str) -> BTreeMap<O
         objects.extend(ports.into_iter().map(Object::Port));
         objects.extend(disks.into_iter().map(Object::Disk));
     }
-    for ((account, vpc_id), groups) in vpcs {
-        objects.extend(network(tx, &account, &vpc_id, groups).map(Object::Network));
+    for row in tx.find_all::<NatGateway>("card", card_id) {
+        if let Some(gateway) = gateway(tx, &row) {
+            own.entry((row.account_id.clone(), row.vpc_id.clone())).or_default();
+            objects.push(Object::NatGateway(gateway));
+        }
+    }
+    let peers: BTreeSet<(String, String)> = own
+        .keys()
+        .flat_map(|(_, vpc_id)| network::peers(tx, vpc_id))
+        .map(|side| (side.account_id, side.vpc_id))
+        .filter(|side| !own.contains_key(side))
+        .collect();
+    for ((account, vpc_id), groups) in own {
+        objects.extend(tx.get::<Vpc>(&account, &vpc_id).map(|vpc| Object::Network(networks.own(tx, region, &vpc, groups))));
+    }
+    for (account, vpc_id) in peers {
+        objects.extend(tx.get::<Vpc>(&account, &vpc_id).map(|vpc| Object::Network(networks.peer(tx, &vpc))));
     }
     let volumes = tx.find_all::<Volume>("card", card_id);
     objects.extend(
         volumes.iter().filter(|volume| volume.state != crate::model::VolumeState::Deleting).map(|row| Object::Volume(block(tx, row))),
     );
     objects.into_iter().map(|object| (object.key(), object)).collect()
+}
+
+/// Whether an interface is on its way out of its instance.
+pub(super) fn is_leaving(interface: &NetworkInterface) -> bool {
+    interface.attachment.as_ref().is_some_and(|attachment| attachment.state == AttachmentState::Detaching)
+}
+
+/// A NAT gateway as its card sees it; none that shall not be there. An address that leaves is not used any more.
+pub(super) fn gateway(tx: &Tx<'_>, row: &NatGateway) -> Option<card::NatGateway> {
+    let account = row.account_id.as_str();
+    let interface = row.network_interface_id.as_deref().filter(|_| wants_gateway(row))?;
+    let interface = tx.get::<NetworkInterface>(account, interface)?;
+    let vpc = tx.get::<Vpc>(account, &row.vpc_id)?;
+    let subnet = tx.get::<Subnet>(account, &row.subnet_id)?;
+    let used = row.addresses.iter().filter(|address| address.state != NatGatewayAddressState::Disassociating);
+    Some(card::NatGateway {
+        id: row.id.clone(),
+        generation: 0,
+        vpc_id: vpc.id.clone(),
+        vni: vpc.vni.0,
+        mac: interface.mac.0.to_vec(),
+        private_ipv4: interface.private_ip.into(),
+        subnet: Some(prefix(subnet.cidr)),
+        vpc_prefixes: vpc::cidrs(&vpc).map(|(_, cidr)| prefix(cidr)).collect(),
+        routes: network::routes(tx, &subnet),
+        acl: network::acl(tx, &subnet),
+        public_ipv4: used.filter_map(|address| address.public_ip).map(u32::from).collect(),
+    })
 }
 
 fn machine(
@@ -213,8 +267,12 @@ fn port(tx: &Tx<'_>, region: &Region, instance: &Instance, interface: &NetworkIn
     let subnet = tx.get::<Subnet>(account, &interface.subnet_id)?;
     let groups: Vec<_> = interface.security_group_ids.iter().filter_map(|id| tx.get::<SecurityGroup>(account, id)).collect();
     let side = |egress: bool| {
-        let mut rules: Vec<card::Rule> =
-            groups.iter().flat_map(|group| &group.rules).filter(|rule| rule.egress == egress).filter_map(rule).collect();
+        let mut rules: Vec<card::Rule> = groups
+            .iter()
+            .flat_map(|group| &group.rules)
+            .filter(|rule| rule.egress == egress)
+            .flat_map(|row| rules(tx, account, row))
+            .collect();
         // An unordered union of allows, so each needs to stand only once.
         rules.sort_by_cached_key(|rule| rule.encode_to_vec());
         rules.dedup();
@@ -239,11 +297,31 @@ fn port(tx: &Tx<'_>, region: &Region, instance: &Instance, interface: &NetworkIn
         mtu: MTU,
         ingress: side(false),
         egress: side(true),
-        routes: routes(tx, &subnet),
+        routes: network::routes(tx, &subnet),
         security_group_ids,
         dhcp: Some(dhcp(tx, region, &vpc, interface)),
+        connection_tracking: Some(connection_tracking(interface)),
+        secondary: interface
+            .secondary_ips
+            .iter()
+            .map(|ip| card::Address {
+                private_ipv4: u32::from(*ip),
+                public_ipv4: address::public_ip_of(tx, interface, *ip).map_or(0, u32::from),
+            })
+            .collect(),
+        acl: network::acl(tx, &subnet),
         ..card::Port::default()
     })
+}
+
+/// The card knows EC2's defaults.
+fn connection_tracking(interface: &NetworkInterface) -> card::ConnectionTracking {
+    let times = interface.connection_tracking;
+    card::ConnectionTracking {
+        tcp_established_s: times.tcp_established_s.unwrap_or(0),
+        udp_stream_s: times.udp_stream_s.unwrap_or(0),
+        udp_s: times.udp_s.unwrap_or(0),
+    }
 }
 
 fn prefix(cidr: Ipv4Net) -> card::Prefix {
@@ -253,19 +331,24 @@ fn prefix(cidr: Ipv4Net) -> card::Prefix {
 /// EC2's "all protocols" on the wire.
 const ALL_PROTOCOLS: u32 = 256;
 
-/// A rule as the card reads it; none for IPv6, which no port has.
-fn rule(rule: &SecurityGroupRule) -> Option<card::Rule> {
-    let remote = match &rule.remote {
-        RuleRemote::Ipv4(cidr) => card::rule::Remote::Prefix(prefix(*cidr)),
-        RuleRemote::Group { group_id, .. } => card::rule::Remote::GroupId(group_id.clone()),
-        RuleRemote::Ipv6(_) => return None,
+/// A rule as the card reads it: one for each block of a prefix list, none for IPv6, which no port has.
+fn rules(tx: &Tx<'_>, account: &str, rule: &SecurityGroupRule) -> Vec<card::Rule> {
+    let remotes = match &rule.remote {
+        RuleRemote::Ipv4(cidr) => vec![card::rule::Remote::Prefix(prefix(*cidr))],
+        RuleRemote::Group { group_id, .. } => vec![card::rule::Remote::GroupId(group_id.clone())],
+        RuleRemote::PrefixList(id) => {
+            let list = tx.get::<PrefixList>(account, id);
+            list.iter().flat_map(|list| list.blocks()).map(prefix).map(card::rule::Remote::Prefix).collect()
+        }
+        RuleRemote::Ipv6(_) => Vec::new(),
     };
-    Some(card::Rule {
+    let with = |remote| card::Rule {
         protocol: rule.protocol.map_or(ALL_PROTOCOLS, u32::from),
         from_port: rule.from_port,
         to_port: rule.to_port,
         remote: Some(remote),
-    })
+    };
+    remotes.into_iter().map(with).collect()
 }
 
 fn remote_groups(port: &card::Port) -> impl Iterator<Item = String> {
@@ -275,64 +358,30 @@ fn remote_groups(port: &card::Port) -> impl Iterator<Item = String> {
     })
 }
 
-/// The routes of a subnet without the local ones; a target that is not there any more is a black hole.
-fn routes(tx: &Tx<'_>, subnet: &Subnet) -> Vec<card::Route> {
-    let Some(table) = route_table::of_subnet(tx, subnet) else { return Vec::new() };
-    let route = |route: &crate::model::Route| {
-        // A card cannot be told to route through a port yet.
-        let open = matches!(route.target, RouteTarget::InternetGateway(_)) && route_table::is_active(tx, &table, route);
-        let target = if open { card::route::Target::InternetGateway(true) } else { card::route::Target::Blackhole(true) };
-        card::Route { destination: Some(prefix(route.destination)), target: Some(target) }
-    };
-    let mut routes: Vec<_> = table.routes.iter().map(route).collect();
-    routes.sort_by_cached_key(prost::Message::encode_to_vec);
-    routes
+/// The IPv4 addresses among the values of an option.
+fn addresses(values: &[String]) -> Vec<u32> {
+    values.iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect()
 }
 
 fn dhcp(tx: &Tx<'_>, region: &Region, vpc: &Vpc, interface: &NetworkInterface) -> card::Dhcp {
     let name = network_interface::private_dns_name(region, interface.private_ip);
-    let (hostname, own_domain) = name.split_once('.').unwrap_or((&name, ""));
+    let hostname = name.split('.').next().unwrap_or_default();
     let options = tx.get::<DhcpOptions>(&vpc.account_id, &vpc.dhcp_options_id);
     let values = |key: &str| options.as_ref().and_then(|options| options.configurations.get(key)).cloned().unwrap_or_default();
-    let dns = values("domain-name-servers");
     card::Dhcp {
         hostname: hostname.to_owned(),
-        domain: values("domain-name").into_iter().next().unwrap_or_else(|| own_domain.to_owned()),
-        // AmazonProvidedDNS is no address: no card resolves names yet, and a server that never answers would be worse than none.
-        dns: dns.iter().filter_map(|server| server.parse::<Ipv4Addr>().ok()).map(u32::from).collect(),
-        ..card::Dhcp::default()
+        domain: values("domain-name").join(" "),
+        dns: values("domain-name-servers").iter().filter_map(|server| name_server(vpc, server)).collect(),
+        ntp: addresses(&values("ntp-servers")),
     }
 }
 
-/// Where the ports of a VPC are, and who is in the groups that the card's rules name.
-fn network(tx: &Tx<'_>, account: &str, vpc_id: &str, groups: BTreeSet<String>) -> Option<card::Network> {
-    let vpc = tx.get::<Vpc>(account, vpc_id)?;
-    let mut mappings = Vec::new();
-    let mut members: BTreeMap<String, BTreeSet<u32>> = groups.into_iter().map(|group| (group, BTreeSet::new())).collect();
-    for interface in tx.find::<NetworkInterface>(account, "vpc", vpc_id) {
-        let owner = interface.attachment.as_ref().and_then(|attachment| tx.get::<Instance>(account, &attachment.instance_id));
-        let Some(placement) = owner.filter(|owner| wants_machine(owner)).and_then(|owner| owner.placement.clone()) else { continue };
-        let Some(underlay) = tx.get::<Card>(REGION, &placement.card_id).map(|card| card.underlay_ip) else { continue };
-        // A card without an underlay has only neighbours on itself, which it finds without a mapping.
-        if underlay.is_unspecified() {
-            continue;
-        }
-        let private_ipv4 = u32::from(interface.private_ip);
-        mappings.push(card::Mapping {
-            private_ipv4,
-            mac: interface.mac.0.to_vec(),
-            underlay_ipv4: underlay.into(),
-            ..card::Mapping::default()
-        });
-        for group in &interface.security_group_ids {
-            if let Some(members) = members.get_mut(group) {
-                members.insert(private_ipv4);
-            }
-        }
+/// The address of a name server; AmazonProvidedDNS is the second address of the VPC, and none where that does not answer.
+fn name_server(vpc: &Vpc, server: &str) -> Option<u32> {
+    match server {
+        "AmazonProvidedDNS" => vpc.dns_support.then(|| u32::from(vpc.cidr.network()).saturating_add(2)),
+        address => address.parse::<Ipv4Addr>().ok().map(u32::from),
     }
-    mappings.sort_by_key(|mapping| mapping.private_ipv4);
-    let groups = members.into_iter().map(|(id, members)| card::Group { id, members: members.into_iter().collect() }).collect();
-    Some(card::Network { id: vpc.id.clone(), generation: 0, vni: vpc.vni.0, mappings, groups, ..card::Network::default() })
 }
 
 /// The name under which an initiator finds a volume.

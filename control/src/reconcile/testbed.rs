@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use card_proto::card::{self, Phase, event};
 
-use super::{Core, Input, Object, ObjectKey, Operation};
+use super::{Core, Input, Object, ObjectKey, Operation, desired};
 use crate::auth::Principal;
 use crate::error::ApiError;
-use crate::model::{BootSource, CardObject, Image, Instance, InstanceState, ObjectKind, PublicIp, REGION, Time, Volume};
+use crate::model::{BootSource, Card, CardObject, Image, Instance, InstanceState, ObjectKind, PublicIp, REGION, Time, Volume};
 use crate::resource::image::{OPERATOR, operator_image_id};
 use crate::resource::instance::{describe_instances, run_instances};
 use crate::resource::vpc;
@@ -246,7 +246,23 @@ impl Testbed {
         for (card_id, input) in std::mem::take(&mut self.inputs) {
             self.core.input(&mut tx, self.now, &card_id, input);
         }
-        self.core.step(tx, &dirty, self.now, self.world.region()).operations
+        let operations = self.core.step(tx, &dirty, self.now, self.world.region()).operations;
+        self.assert_complete();
+        operations
+    }
+
+    /// A step looks only at the cards that it takes to be touched; here all are looked at, and nothing may come out that the rows of
+    /// the objects do not say.
+    fn assert_complete(&self) {
+        self.read(|tx| {
+            for card in tx.all::<Card>() {
+                let wanted = desired::objects(tx, self.world.region(), &mut desired::Networks::default(), &card.id);
+                let wanted: BTreeMap<_, _> = wanted.iter().map(|(key, object)| (key.clone(), object.content_hash())).collect();
+                let rows = tx.find::<CardObject>(REGION, "card", &card.id);
+                let told: BTreeMap<_, _> = rows.iter().filter_map(|row| Some(((row.kind, row.id.clone()), row.content.clone()?))).collect();
+                assert_eq!(told, wanted, "{}", card.id);
+            }
+        });
     }
 
     pub(crate) fn deliver(&mut self, operations: Vec<(String, Operation)>) {

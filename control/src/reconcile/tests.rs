@@ -4,15 +4,28 @@ use super::testbed::{ALICE, BOB, CARD_A, CARD_A2, CARD_B, Testbed, request};
 use super::{Object, Operation};
 use crate::event;
 use crate::model::{
-    AttachmentState, Card, CardObject, Instance, InstanceState, NetworkInterface, ObjectKind, PublicIp, REGION, Time, VolumeState,
+    AttachmentState, Card, CardObject, Instance, InstanceState, InternetGateway, NetworkInterface, ObjectKind, PublicIp, REGION,
+    RouteTable, Time, VolumeState,
 };
 use crate::placement::Room;
+use crate::resource::address::{allocate_address, associate_address};
+use crate::resource::dhcp_options::{associate_dhcp_options, create_dhcp_options};
 use crate::resource::instance::{reboot_instances, run_instances, start_instances, stop_instances, terminate_instances};
+use crate::resource::network_interface::{
+    assign_private_ip_addresses, attach_network_interface, create_network_interface, detach_network_interface,
+    modify_network_interface_attribute,
+};
+use crate::resource::prefix_list::{create_managed_prefix_list, modify_managed_prefix_list};
+use crate::resource::route_table::create_route;
 use crate::resource::security_group_rule::authorize_security_group_ingress;
 use crate::resource::volume::{attach_volume, create_volume, delete_volume, detach_volume};
 use crate::shapes::{
-    AttachVolumeRequest, AuthorizeSecurityGroupIngressRequest, CreateVolumeRequest, DeleteVolumeRequest, DetachVolumeRequest, IpPermission,
-    IpRange, RebootInstancesRequest, RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, TerminateInstancesRequest,
+    AddPrefixListEntry, AssignPrivateIpAddressesRequest, AssociateAddressRequest, AssociateDhcpOptionsRequest,
+    AttachNetworkInterfaceRequest, AttachVolumeRequest, AuthorizeSecurityGroupIngressRequest, ConnectionTrackingSpecificationRequest,
+    CreateDhcpOptionsRequest, CreateManagedPrefixListRequest, CreateNetworkInterfaceRequest, CreateRouteRequest, CreateVolumeRequest,
+    DeleteVolumeRequest, DetachNetworkInterfaceRequest, DetachVolumeRequest, IpPermission, IpRange, ModifyManagedPrefixListRequest,
+    ModifyNetworkInterfaceAttributeRequest, NewDhcpConfiguration, PrefixListId, RebootInstancesRequest, RemovePrefixListEntry,
+    RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, TerminateInstancesRequest,
 };
 use crate::store::{self, Sqlite};
 use crate::world::{Entropy, Region, World};
@@ -118,11 +131,11 @@ fn terminate_leaves_nothing_and_the_instance_is_visible_for_an_hour() {
     let again = bed.call(ALICE, |call| terminate_instances(call, terminate(&ids[0]))).unwrap();
     assert_eq!(again.terminating_instances[0].current_state.as_ref().unwrap().code, Some(48));
     let mut tx = bed.world.begin();
-    super::housekeep(&mut tx, bed.now.plus_ms(59 * 60 * 1000));
+    bed.core.housekeep(&mut tx, bed.now.plus_ms(59 * 60 * 1000));
     tx.commit();
     assert_eq!(bed.shape(&ids[0]).subnet_id, None);
     let mut tx = bed.world.begin();
-    super::housekeep(&mut tx, bed.now.plus_ms(61 * 60 * 1000));
+    bed.core.housekeep(&mut tx, bed.now.plus_ms(61 * 60 * 1000));
     tx.commit();
     assert_eq!(bed.read(|tx| tx.all::<Instance>().count()), 0);
 }
@@ -587,5 +600,273 @@ fn random_operations_never_over_commit_a_host_and_leave_nothing() {
         bed.settle();
         bed.assert_no_residue();
         assert_eq!(bed.read(Room::of).instances("us-east-1a", crate::placement::Demand { vcpus: 8, memory_mib: 1 }), 2);
+    }
+}
+
+fn second_interface(bed: &Testbed, instance_id: &str) -> String {
+    let subnet_id = bed.shape(instance_id).subnet_id;
+    let request = CreateNetworkInterfaceRequest { subnet_id, secondary_private_ip_address_count: Some(1), ..Default::default() };
+    let made = bed.call(ALICE, |call| create_network_interface(call, request)).unwrap().network_interface.unwrap();
+    made.network_interface_id.unwrap()
+}
+
+fn attach_interface(bed: &Testbed, id: &str, instance_id: &str) -> String {
+    let request = AttachNetworkInterfaceRequest {
+        network_interface_id: Some(id.into()),
+        instance_id: Some(instance_id.into()),
+        device_index: Some(1),
+        ..Default::default()
+    };
+    bed.call(ALICE, |call| attach_network_interface(call, request)).unwrap().attachment_id.unwrap()
+}
+
+fn detach_interface(bed: &Testbed, attachment_id: &str) {
+    let request = DetachNetworkInterfaceRequest { attachment_id: Some(attachment_id.into()), ..Default::default() };
+    bed.call(ALICE, |call| detach_network_interface(call, request)).unwrap();
+}
+
+fn interface_row(bed: &Testbed, id: &str) -> NetworkInterface {
+    bed.read(|tx| NetworkInterface::clone(&tx.get::<NetworkInterface>(ALICE, id).unwrap()))
+}
+
+/// The ports of an instance on its card, by device index, and how many its machine waits for.
+fn ports(bed: &Testbed, instance_id: &str) -> (Vec<card::Port>, u32) {
+    let card = &bed.cards[&bed.card_of(instance_id)];
+    let mut ports: Vec<card::Port> = card
+        .live(ObjectKind::Port)
+        .filter_map(|object| match object {
+            Object::Port(port) if port.instance_id == instance_id => Some(port.clone()),
+            _ => None,
+        })
+        .collect();
+    ports.sort_by_key(|port| port.device_index);
+    let wanted = card.live(ObjectKind::Instance).find_map(|object| match object {
+        Object::Instance(machine) if machine.id == instance_id => Some(machine.ports),
+        _ => None,
+    });
+    (ports, wanted.unwrap())
+}
+
+#[test]
+fn an_interface_is_plugged_into_a_running_machine_and_unplugged_again() {
+    let mut bed = Testbed::new();
+    let id = bed.running();
+    let second = second_interface(&bed, &id);
+    let attachment = attach_interface(&bed, &second, &id);
+    bed.settle();
+    assert_eq!(interface_row(&bed, &second).attachment.unwrap().state, AttachmentState::Attached);
+    let (plugged, wanted) = ports(&bed, &id);
+    assert_eq!((plugged.len(), wanted), (2, 2));
+    assert_eq!((plugged[1].id.as_str(), plugged[1].device_index), (second.as_str(), 1));
+    assert_eq!(bed.row(&id).boot_count, 0, "without a reboot");
+    // The card is away: the interface stays taken until the card has let go of it.
+    let card = bed.card_of(&id);
+    bed.disconnect(&card);
+    bed.settle();
+    detach_interface(&bed, &attachment);
+    bed.settle();
+    assert_eq!(interface_row(&bed, &second).attachment.unwrap().state, AttachmentState::Detaching);
+    bed.connect(&card);
+    bed.settle();
+    assert_eq!(interface_row(&bed, &second).attachment, None);
+    let (plugged, wanted) = ports(&bed, &id);
+    assert_eq!((plugged.len(), wanted), (1, 1));
+    assert_eq!(bed.state(&id), InstanceState::Running);
+}
+
+#[test]
+fn a_detach_that_overtakes_its_attach_leaves_nothing() {
+    for steps in 0..4 {
+        let mut bed = Testbed::new();
+        let id = bed.running();
+        let second = second_interface(&bed, &id);
+        let attachment = attach_interface(&bed, &second, &id);
+        for _ in 0..steps {
+            let operations = bed.step();
+            bed.deliver(operations);
+        }
+        detach_interface(&bed, &attachment);
+        bed.settle();
+        assert_eq!(interface_row(&bed, &second).attachment, None, "after {steps} steps");
+        assert_eq!(ports(&bed, &id).0.len(), 1);
+    }
+}
+
+#[test]
+fn a_stop_ends_a_detach_and_keeps_an_attachment() {
+    let mut bed = Testbed::new();
+    let id = bed.running();
+    let second = second_interface(&bed, &id);
+    attach_interface(&bed, &second, &id);
+    bed.settle();
+    bed.call(ALICE, |call| stop_instances(call, stop(&id))).unwrap();
+    bed.settle();
+    let attachment = interface_row(&bed, &second).attachment.unwrap();
+    assert_eq!(attachment.state, AttachmentState::Attached);
+    bed.call(ALICE, |call| start_instances(call, start(&id))).unwrap();
+    bed.settle();
+    assert_eq!(ports(&bed, &id).0.len(), 2);
+    detach_interface(&bed, &attachment.id);
+    bed.call(ALICE, |call| stop_instances(call, stop(&id))).unwrap();
+    bed.settle();
+    assert_eq!(interface_row(&bed, &second).attachment, None);
+}
+
+#[test]
+fn secondary_addresses_and_times_of_tracking_reach_the_card_and_the_network() {
+    let mut bed = Testbed::new();
+    let (one, two) = (bed.running(), bed.running());
+    let interface = bed.shape(&one).network_interfaces[0].network_interface_id.clone().unwrap();
+    let request = AssignPrivateIpAddressesRequest {
+        network_interface_id: Some(interface.clone()),
+        private_ip_addresses: vec!["172.31.1.77".into()],
+        ..Default::default()
+    };
+    bed.call(ALICE, |call| assign_private_ip_addresses(call, request)).unwrap();
+    let allocated = bed.call(ALICE, |call| allocate_address(call, Default::default())).unwrap();
+    let associate = AssociateAddressRequest {
+        allocation_id: allocated.allocation_id,
+        network_interface_id: Some(interface.clone()),
+        private_ip_address: Some("172.31.1.77".into()),
+        ..Default::default()
+    };
+    bed.call(ALICE, |call| associate_address(call, associate)).unwrap();
+    let times = ModifyNetworkInterfaceAttributeRequest {
+        network_interface_id: Some(interface),
+        connection_tracking_specification: Some(ConnectionTrackingSpecificationRequest {
+            tcp_established_timeout: Some(120),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    bed.call(ALICE, |call| modify_network_interface_attribute(call, times)).unwrap();
+    bed.settle();
+    let (plugged, _) = ports(&bed, &one);
+    let ip = u32::from(std::net::Ipv4Addr::new(172, 31, 1, 77));
+    let public = u32::from(allocated.public_ip.unwrap().parse::<std::net::Ipv4Addr>().unwrap());
+    assert_eq!(plugged[0].secondary, [card::Address { private_ipv4: ip, public_ipv4: public }]);
+    assert_ne!(plugged[0].public_ipv4, public);
+    assert_eq!(plugged[0].connection_tracking.unwrap(), card::ConnectionTracking { tcp_established_s: 120, ..Default::default() });
+    let network = bed.cards[&bed.card_of(&two)].live(ObjectKind::Network).find_map(|object| match object {
+        Object::Network(network) => Some(network.clone()),
+        _ => None,
+    });
+    let network = network.unwrap();
+    let mapping = network.mappings.iter().find(|mapping| mapping.private_ipv4 == ip).unwrap();
+    assert_eq!(mapping.mac, plugged[0].mac);
+    assert!(network.groups[0].members.contains(&ip), "a member by each of its addresses");
+}
+
+fn new_list(bed: &Testbed, cidrs: &[&str]) -> String {
+    let request = CreateManagedPrefixListRequest {
+        prefix_list_name: Some("offices".into()),
+        address_family: Some("IPv4".into()),
+        max_entries: Some(5),
+        entries: cidrs.iter().map(|cidr| AddPrefixListEntry { cidr: Some((*cidr).to_owned()), description: None }).collect(),
+        ..Default::default()
+    };
+    let made = bed.call(ALICE, |call| create_managed_prefix_list(call, request)).unwrap();
+    made.prefix_list.unwrap().prefix_list_id.unwrap()
+}
+
+fn prefix(cidr: &str) -> card::Prefix {
+    let cidr: ipnet::Ipv4Net = cidr.parse().unwrap();
+    card::Prefix { address: cidr.network().into(), length: cidr.prefix_len().into() }
+}
+
+#[test]
+fn a_prefix_list_reaches_the_card_as_the_blocks_of_its_newest_version() {
+    let mut bed = Testbed::new();
+    let id = bed.running();
+    let list = new_list(&bed, &["192.0.2.0/24", "198.51.100.0/24", "172.31.5.0/24"]);
+    let shape = bed.shape(&id);
+    let permission = IpPermission {
+        ip_protocol: Some("tcp".into()),
+        from_port: Some(22),
+        to_port: Some(22),
+        prefix_list_ids: vec![PrefixListId { prefix_list_id: Some(list.clone()), description: None }],
+        ..Default::default()
+    };
+    let rule = AuthorizeSecurityGroupIngressRequest {
+        group_id: shape.security_groups[0].group_id.clone(),
+        ip_permissions: vec![permission],
+        ..Default::default()
+    };
+    bed.call(ALICE, |call| authorize_security_group_ingress(call, rule)).unwrap();
+    let (table, gateway) = bed.read(|tx| {
+        let table = tx.list::<RouteTable>(ALICE).find(|table| table.vpc_id == *shape.vpc_id.as_ref().unwrap()).unwrap().clone();
+        (table.id.clone(), tx.list::<InternetGateway>(ALICE).next().unwrap().id.clone())
+    });
+    for (cidr, list) in [(Some("192.0.2.0/24".to_owned()), None), (None, Some(list.clone()))] {
+        let route = CreateRouteRequest {
+            route_table_id: Some(table.clone()),
+            destination_cidr_block: cidr,
+            destination_prefix_list_id: list,
+            gateway_id: Some(gateway.clone()),
+            ..Default::default()
+        };
+        bed.call(ALICE, |call| create_route(call, route)).unwrap();
+    }
+    bed.settle();
+    let port = ports(&bed, &id).0.remove(0);
+    let sources = |port: &card::Port| -> Vec<card::Prefix> {
+        port.ingress
+            .iter()
+            .filter(|rule| rule.from_port == 22)
+            .filter_map(|rule| match rule.remote {
+                Some(card::rule::Remote::Prefix(prefix)) => Some(prefix),
+                _ => None,
+            })
+            .collect()
+    };
+    let destinations = |port: &card::Port| port.routes.iter().filter_map(|route| route.destination).collect::<Vec<_>>();
+    for cidr in ["192.0.2.0/24", "198.51.100.0/24", "172.31.5.0/24"] {
+        assert!(sources(&port).contains(&prefix(cidr)), "{cidr}");
+    }
+    let routes = destinations(&port);
+    assert_eq!(routes.iter().filter(|found| **found == prefix("192.0.2.0/24")).count(), 1, "the route of its own beats the list");
+    assert!(routes.contains(&prefix("198.51.100.0/24")));
+    assert!(!routes.contains(&prefix("172.31.5.0/24")), "what is inside the VPC stays there");
+    let change = ModifyManagedPrefixListRequest {
+        prefix_list_id: Some(list),
+        current_version: Some(1),
+        add_entries: vec![AddPrefixListEntry { cidr: Some("203.0.113.0/24".into()), description: None }],
+        remove_entries: vec![RemovePrefixListEntry { cidr: Some("198.51.100.0/24".into()) }],
+        ..Default::default()
+    };
+    bed.call(ALICE, |call| modify_managed_prefix_list(call, change)).unwrap();
+    bed.settle();
+    let port = ports(&bed, &id).0.remove(0);
+    assert!(sources(&port).contains(&prefix("203.0.113.0/24")) && !sources(&port).contains(&prefix("198.51.100.0/24")));
+    assert!(destinations(&port).contains(&prefix("203.0.113.0/24")) && !destinations(&port).contains(&prefix("198.51.100.0/24")));
+}
+
+#[test]
+fn dhcp_options_reach_the_card_and_none_are_none() {
+    let mut bed = Testbed::new();
+    let id = bed.running();
+    let option = |key: &str, values: &[&str]| NewDhcpConfiguration {
+        key: Some(key.into()),
+        values: values.iter().map(|value| (*value).to_owned()).collect(),
+    };
+    let request = CreateDhcpOptionsRequest {
+        dhcp_configurations: vec![
+            option("domain-name", &["corp.example"]),
+            option("domain-name-servers", &["10.0.0.2", "10.0.0.3"]),
+            option("ntp-servers", &["10.0.0.4", "2001:db8::4"]),
+        ],
+        ..Default::default()
+    };
+    let set = bed.call(ALICE, |call| create_dhcp_options(call, request)).unwrap().dhcp_options.unwrap().dhcp_options_id;
+    let vpc_id = bed.shape(&id).vpc_id;
+    let hostname = ports(&bed, &id).0[0].dhcp.clone().unwrap().hostname;
+    for (set, domain, dns, ntp) in
+        [(set, "corp.example", vec![0x0a00_0002, 0x0a00_0003], vec![0x0a00_0004]), (Some("default".to_owned()), "", vec![], vec![])]
+    {
+        let associate = AssociateDhcpOptionsRequest { dhcp_options_id: set, vpc_id: vpc_id.clone(), dry_run: None };
+        bed.call(ALICE, |call| associate_dhcp_options(call, associate)).unwrap();
+        bed.settle();
+        let told = ports(&bed, &id).0[0].dhcp.clone().unwrap();
+        assert_eq!(told, card::Dhcp { hostname: hostname.clone(), domain: domain.into(), dns, ntp });
     }
 }

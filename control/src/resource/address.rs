@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::filter::Filters;
 use super::id::{ADDRESS, ADDRESS_ASSOCIATION, INSTANCE, NETWORK_INTERFACE, unsupported};
-use super::tag;
+use super::{nat_gateway, tag};
 use crate::error::ApiError;
 use crate::model::{Address, AddressAssociation, Instance, InstanceState, InternetGateway, NetworkInterface, PublicIp, REGION, Vpc};
 use crate::shapes::{
@@ -90,43 +90,51 @@ fn ip_not_found(ip: &str) -> ApiError {
 pub fn associate_address(call: &mut Call<'_>, request: AssociateAddressRequest) -> Result<AssociateAddressResult, ApiError> {
     let address = named(call, request.allocation_id, request.public_ip)?;
     let interface = target(call, request.instance_id, request.network_interface_id)?;
-    if let Some(text) = request.private_ip_address
-        && parse_ip(&text)? != interface.private_ip
-    {
-        let message = format!("The private IP address {text} is not assigned to the network interface '{}'", interface.id);
+    let private_ip = request.private_ip_address.as_deref().map(parse_ip).transpose()?.unwrap_or(interface.private_ip);
+    if !interface.private_ips().any(|ip| ip == private_ip) {
+        let message = format!("The private IP address {private_ip} is not assigned to the network interface '{}'", interface.id);
         return Err(ApiError::invalid_value(message));
     }
+    nat_gateway::check_not_managed(&call.tx, &interface.account_id, &interface.id)?;
     if call.find::<InternetGateway>("vpc", &interface.vpc_id).is_empty() {
         let message = format!("Network {} is not attached to any internet gateway", interface.vpc_id);
         return Err(ApiError::new("Gateway.NotAttached", message));
     }
     if let Some(association) = &address.association {
-        if association.network_interface_id == interface.id {
+        if association.network_interface_id == interface.id && association.private_ip == private_ip {
             return Ok(AssociateAddressResult { association_id: Some(association.id.clone()) });
         }
         if request.allow_reassociation == Some(false) {
             let message = format!("resource {} is already associated with associate-id {}", address.id, association.id);
             return Err(ApiError::new("Resource.AlreadyAssociated", message));
         }
+        nat_gateway::check_not_managed(&call.tx, &address.account_id, &association.network_interface_id)?;
         disassociate(call, &address);
     }
-    // Another Elastic IP of the interface gives way.
-    for other in call.find::<Address>("interface", &interface.id) {
+    // Another Elastic IP of the private address gives way.
+    if let Some(other) = of_private_ip(&call.tx, &interface, private_ip) {
         if request.allow_reassociation == Some(false) {
             let message = format!("resource {} is already associated with {}", interface.id, other.id);
             return Err(ApiError::new("Resource.AlreadyAssociated", message));
         }
         call.tx.update::<Address>(&other.account_id, &other.id, |other| other.association = None);
     }
-    auto_free(&mut call.tx, &interface.account_id, &interface.id);
-    let id = call.tx.new_id(ADDRESS_ASSOCIATION.prefix);
-    let network_interface_id = interface.id.clone();
-    let association = AddressAssociation { id: id.clone(), network_interface_id, private_ip: interface.private_ip };
-    call.tx.update::<Address>(&address.account_id, &address.id, |address| address.association = Some(association));
+    if private_ip == interface.private_ip {
+        auto_free(&mut call.tx, &interface.account_id, &interface.id);
+    }
+    let id = associate_with(&mut call.tx, &address, &interface.id, private_ip);
     Ok(AssociateAddressResult { association_id: Some(id) })
 }
 
-/// The interface that a request names, or the first interface of the instance that it names.
+/// Leads an Elastic IP that is free to a private address of an interface; returns the id of the association.
+pub fn associate_with(tx: &mut Tx<'_>, address: &Address, interface_id: &str, private_ip: Ipv4Addr) -> String {
+    let id = tx.new_id(ADDRESS_ASSOCIATION.prefix);
+    let association = AddressAssociation { id: id.clone(), network_interface_id: interface_id.to_owned(), private_ip };
+    tx.update::<Address>(&address.account_id, &address.id, |address| address.association = Some(association));
+    id
+}
+
+/// The interface that a request names, or the only interface of the instance that it names.
 fn target(call: &Call<'_>, instance_id: Option<String>, interface_id: Option<String>) -> Result<Arc<NetworkInterface>, ApiError> {
     let instance_id = match (instance_id, interface_id) {
         (Some(_), Some(_)) => {
@@ -144,15 +152,23 @@ fn target(call: &Call<'_>, instance_id: Option<String>, interface_id: Option<Str
         let message = format!("The instance '{instance_id}' is not in a valid state for this operation.");
         return Err(ApiError::new("IncorrectInstanceState", message));
     }
-    let interfaces = call.find::<NetworkInterface>("instance", &instance_id);
-    let first = interfaces.into_iter().min_by_key(|interface| interface.attachment.as_ref().map(|attachment| attachment.device_index));
-    first.ok_or_else(|| ApiError::new("InvalidInstanceID", format!("The instance '{instance_id}' has no network interface")))
+    let mut interfaces = call.find::<NetworkInterface>("instance", &instance_id).into_iter();
+    match (interfaces.next(), interfaces.next()) {
+        (Some(only), None) => Ok(only),
+        (None, _) => Err(ApiError::new("InvalidInstanceID", format!("The instance '{instance_id}' has no network interface"))),
+        (Some(_), Some(_)) => {
+            let message = format!(
+                "There are multiple interfaces attached to instance '{instance_id}'. Please specify an interface ID for the operation instead."
+            );
+            Err(ApiError::new("InvalidInstanceID", message))
+        }
+    }
 }
 
 /// DisassociateAddress. An address without an association is left as it is.
 ///
 /// # Errors
-/// `InvalidAssociationID.NotFound`, `InvalidAddress.NotFound`.
+/// `InvalidAssociationID.NotFound`, `InvalidAddress.NotFound`, `AuthFailure` for the address of a NAT gateway.
 pub fn disassociate_address(call: &mut Call<'_>, request: DisassociateAddressRequest) -> Result<(), ApiError> {
     let address = match (request.association_id, request.public_ip) {
         (Some(_), Some(_)) => {
@@ -166,6 +182,9 @@ pub fn disassociate_address(call: &mut Call<'_>, request: DisassociateAddressReq
         (None, ip @ Some(_)) => named(call, None, ip)?,
         (None, None) => return Err(ApiError::new("MissingParameter", "Either public IP or association id must be specified")),
     };
+    if let Some(association) = &address.association {
+        nat_gateway::check_not_managed(&call.tx, &address.account_id, &association.network_interface_id)?;
+    }
     disassociate(call, &address);
     Ok(())
 }
@@ -177,7 +196,7 @@ fn disassociate(call: &mut Call<'_>, address: &Address) {
     let Some(interface) = call.get::<NetworkInterface>(&association.network_interface_id) else { return };
     let instance = interface.attachment.as_ref().and_then(|attachment| call.get::<Instance>(&attachment.instance_id));
     let runs = instance.is_some_and(|instance| matches!(instance.state, InstanceState::Pending | InstanceState::Running));
-    if runs && interface.associate_public_ip {
+    if runs && interface.associate_public_ip && association.private_ip == interface.private_ip {
         // A dry pool is no reason to keep the Elastic IP where it is not wanted.
         if let Err(error) = auto_take(&mut call.tx, call.region, &interface.account_id, &interface.id) {
             tracing::warn!(interface = %interface.id, %error, "no public address after an Elastic IP left");
@@ -193,6 +212,7 @@ pub fn release_address(call: &mut Call<'_>, request: ReleaseAddressRequest) -> R
     check_border_group(call.region, request.network_border_group.as_deref())?;
     let address = named(call, request.allocation_id, request.public_ip)?;
     if let Some(association) = &address.association {
+        nat_gateway::check_not_managed(&call.tx, &address.account_id, &association.network_interface_id)?;
         let interface = call.get::<NetworkInterface>(&association.network_interface_id);
         let vpc = interface.and_then(|interface| call.get::<Vpc>(&interface.vpc_id));
         if !vpc.is_some_and(|vpc| vpc.is_default) {
@@ -278,14 +298,22 @@ fn shape(call: &Call<'_>, address: &Address) -> shapes::Address {
     }
 }
 
-/// The Elastic IP of an interface.
-pub fn of_interface(tx: &Tx<'_>, interface: &NetworkInterface) -> Option<Arc<Address>> {
-    tx.find::<Address>(&interface.account_id, "interface", &interface.id).into_iter().next()
+/// The Elastic IP that leads to a private address of an interface.
+pub fn of_private_ip(tx: &Tx<'_>, interface: &NetworkInterface, private_ip: Ipv4Addr) -> Option<Arc<Address>> {
+    let leads = |address: &Arc<Address>| address.association.as_ref().is_some_and(|association| association.private_ip == private_ip);
+    tx.find::<Address>(&interface.account_id, "interface", &interface.id).into_iter().find(leads)
 }
 
-/// The public address of an interface: its Elastic IP, else the one that came with the start of its instance.
+/// The public address of an interface: that of its primary private address.
 pub fn public_ip(tx: &Tx<'_>, interface: &NetworkInterface) -> Option<Ipv4Addr> {
-    of_interface(tx, interface).map(|address| address.public_ip).or(interface.auto_public_ip)
+    public_ip_of(tx, interface, interface.private_ip)
+}
+
+/// The public address that leads to a private one: an Elastic IP, else, for the primary, the one that came with the start of the
+/// instance.
+pub fn public_ip_of(tx: &Tx<'_>, interface: &NetworkInterface, private_ip: Ipv4Addr) -> Option<Ipv4Addr> {
+    let auto = interface.auto_public_ip.filter(|_| private_ip == interface.private_ip);
+    of_private_ip(tx, interface, private_ip).map(|address| address.public_ip).or(auto)
 }
 
 /// Gives an interface a public address for as long as its instance runs; one that has a public address keeps it.
@@ -481,6 +509,17 @@ mod tests {
         fixture.call(ALICE, |call| release_address(call, release(&id))).unwrap();
         assert_eq!(fixture.world.begin().all::<PublicIp>().count(), 0);
         assert_eq!(fixture.refusal(ALICE, |call| release_address(call, release(&id))), "InvalidAllocationID.NotFound");
+    }
+
+    #[test]
+    fn an_instance_with_several_interfaces_is_no_name_for_one() {
+        let fixture = Fixture::new();
+        let first = fixture.instance(ALICE, ONE);
+        fixture.interface(ALICE, &first.subnet_id, Some(ONE)).unwrap();
+        let id = allocate(&fixture, ALICE);
+        assert_eq!(fixture.refusal(ALICE, |call| associate_address(call, associate(&id, ONE))), "InvalidInstanceID");
+        let request = AssociateAddressRequest { network_interface_id: Some(first.id), instance_id: None, ..associate(&id, ONE) };
+        fixture.call(ALICE, |call| associate_address(call, request)).unwrap();
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! nor hide others. Rows are sent in the order of their ids.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -205,10 +206,26 @@ impl Page {
     /// # Errors
     /// `InvalidParameterValue` for a MaxResults outside 5..=`most`, `InvalidNextToken` for a token that this operation did not make.
     pub fn new(operation: &'static str, max_results: Option<i32>, next_token: Option<&str>, most: i32) -> Result<Self, ApiError> {
-        if let Some(given) = max_results
-            && !(5..=most).contains(&given)
-        {
-            let message = format!("Value ( {given} ) for parameter maxResults is invalid. Expecting a value between 5 and {most}.");
+        Self::within(operation, max_results, next_token, 5..=most)
+    }
+
+    /// As [`Page::new`], for the operations that have pages of a single row.
+    ///
+    /// # Errors
+    /// `InvalidParameterValue` for a MaxResults outside 1..=`most`, `InvalidNextToken`.
+    pub fn at_least_one(operation: &'static str, max_results: Option<i32>, next_token: Option<&str>, most: i32) -> Result<Self, ApiError> {
+        Self::within(operation, max_results, next_token, 1..=most)
+    }
+
+    fn within(
+        operation: &'static str,
+        max_results: Option<i32>,
+        next_token: Option<&str>,
+        range: RangeInclusive<i32>,
+    ) -> Result<Self, ApiError> {
+        if let Some(given) = max_results.filter(|given| !range.contains(given)) {
+            let (least, most) = (range.start(), range.end());
+            let message = format!("Value ( {given} ) for parameter maxResults is invalid. Expecting a value between {least} and {most}.");
             return Err(ApiError::invalid_value(message));
         }
         let after = match next_token {

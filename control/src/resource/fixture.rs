@@ -2,8 +2,8 @@
 
 use crate::auth::Principal;
 use crate::error::ApiError;
-use crate::model::{Instance, InstanceState, NetworkInterface, NetworkInterfaceAttachment, Subnet, Time, Vpc};
-use crate::resource::network_interface::{self, NewInterface};
+use crate::model::{AttachmentState, Instance, InstanceState, NetworkInterface, NetworkInterfaceAttachment, Subnet, Time, Vpc};
+use crate::resource::network_interface::{self, NewInterface, Wanted};
 use crate::resource::vpc;
 use crate::world::{Call, Region, World};
 
@@ -56,14 +56,16 @@ impl Fixture {
                 device_index: 0,
                 attach_time: call.now,
                 delete_on_termination: true,
+                state: AttachmentState::Attached,
             });
             let new = NewInterface {
                 subnet: &subnet,
-                private_ip: None,
+                addresses: Wanted::default(),
                 security_group_ids,
                 description: String::new(),
                 attachment,
                 associate_public_ip: true,
+                connection_tracking: Default::default(),
             };
             network_interface::insert(&mut call.tx, call.now, new)
         })

@@ -63,6 +63,24 @@ pub const ROUTE_TABLE_ASSOCIATION: Noun = noun(
 /// Network ACLs.
 pub const NETWORK_ACL: Noun =
     noun("acl", "network-acl", "InvalidNetworkAclId.Malformed", "InvalidNetworkAclID.NotFound", "The networkAcl ID '{}' does not exist");
+/// The association of a network ACL with a subnet; it carries no tags.
+pub const NETWORK_ACL_ASSOCIATION: Noun = noun(
+    "aclassoc",
+    "network-acl-association",
+    "InvalidAssociationID.NotFound",
+    "InvalidAssociationID.NotFound",
+    "The association ID '{}' does not exist",
+);
+/// NAT gateways.
+pub const NAT_GATEWAY: Noun = noun("nat", "natgateway", "NatGatewayMalformed", "NatGatewayNotFound", "The Nat Gateway {} was not found");
+/// VPC peering connections.
+pub const VPC_PEERING_CONNECTION: Noun = noun(
+    "pcx",
+    "vpc-peering-connection",
+    "InvalidVpcPeeringConnectionId.Malformed",
+    "InvalidVpcPeeringConnectionID.NotFound",
+    "The vpcPeeringConnection ID '{}' does not exist",
+);
 /// Security groups.
 pub const SECURITY_GROUP: Noun =
     noun("sg", "security-group", "InvalidGroupId.Malformed", "InvalidGroup.NotFound", "The security group '{}' does not exist");
@@ -81,6 +99,14 @@ pub const NETWORK_INTERFACE: Noun = noun(
     "InvalidNetworkInterfaceId.Malformed",
     "InvalidNetworkInterfaceID.NotFound",
     "The networkInterface ID '{}' does not exist",
+);
+/// The attachment of a network interface to an instance; it carries no tags.
+pub const NETWORK_INTERFACE_ATTACHMENT: Noun = noun(
+    "eni-attach",
+    "network-interface-attachment",
+    "InvalidNetworkInterfaceAttachmentId.Malformed",
+    "InvalidAttachmentID.NotFound",
+    "The attachment ID '{}' does not exist",
 );
 /// Elastic IP addresses; EC2 has no code for a malformed id of theirs.
 pub const ADDRESS: Noun =
@@ -104,6 +130,10 @@ pub const VOLUME: Noun = noun("vol", "volume", "InvalidVolumeID.Malformed", "Inv
 /// Images.
 pub const IMAGE: Noun = noun("ami", "image", "InvalidAMIID.Malformed", "InvalidAMIID.NotFound", "The image id '[{}]' does not exist");
 
+/// Managed prefix lists.
+pub const PREFIX_LIST: Noun =
+    noun("pl", "prefix-list", "InvalidPrefixListId.Malformed", "InvalidPrefixListID.NotFound", "The prefix list ID '{}' does not exist");
+
 /// Every kind that carries tags.
 pub const TAGGABLE: &[&Noun] = &[
     &VPC,
@@ -120,6 +150,9 @@ pub const TAGGABLE: &[&Noun] = &[
     &INSTANCE,
     &VOLUME,
     &IMAGE,
+    &PREFIX_LIST,
+    &NAT_GATEWAY,
+    &VPC_PEERING_CONNECTION,
 ];
 
 impl Noun {

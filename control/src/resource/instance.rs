@@ -189,38 +189,42 @@ fn block_device(volume: &Volume) -> Option<InstanceBlockDeviceMapping> {
 }
 
 fn interface_shape(call: &Call<'_>, interface: &NetworkInterface) -> InstanceNetworkInterface {
-    let association = network_interface::association(call, interface).map(|association| InstanceNetworkInterfaceAssociation {
-        ip_owner_id: association.ip_owner_id,
-        public_dns_name: association.public_dns_name,
-        public_ip: association.public_ip,
-        ..Default::default()
-    });
-    let private_dns_name = Some(network_interface::private_dns_name(call.region, interface.private_ip));
+    let association = |ip: Ipv4Addr| {
+        network_interface::association_of(call, interface, ip).map(|association| InstanceNetworkInterfaceAssociation {
+            ip_owner_id: association.ip_owner_id,
+            public_dns_name: association.public_dns_name,
+            public_ip: association.public_ip,
+            ..Default::default()
+        })
+    };
+    let address = |ip: Ipv4Addr| InstancePrivateIpAddress {
+        association: association(ip),
+        primary: Some(ip == interface.private_ip),
+        private_dns_name: Some(network_interface::private_dns_name(call.region, ip)),
+        private_ip_address: Some(ip.to_string()),
+    };
     let attachment = interface.attachment.as_ref().map(|attachment| InstanceNetworkInterfaceAttachment {
         attach_time: Some(attachment.attach_time.into()),
         attachment_id: Some(attachment.id.clone()),
         delete_on_termination: Some(attachment.delete_on_termination),
         device_index: i32::try_from(attachment.device_index).ok(),
         network_card_index: Some(0),
-        status: Some("attached".to_owned()),
+        status: Some(attachment.state.name().to_owned()),
         ..Default::default()
     });
+    let private_ip_addresses: Vec<_> = interface.private_ips().map(address).collect();
     InstanceNetworkInterface {
-        private_ip_addresses: vec![InstancePrivateIpAddress {
-            association: association.clone(),
-            primary: Some(true),
-            private_dns_name: private_dns_name.clone(),
-            private_ip_address: Some(interface.private_ip.to_string()),
-        }],
-        association,
+        association: private_ip_addresses.first().and_then(|primary| primary.association.clone()),
+        private_ip_addresses,
         attachment,
+        connection_tracking_configuration: network_interface::instance_tracking_shape(interface),
         description: Some(interface.description.clone()),
         groups: network_interface::groups(&call.tx, interface),
         interface_type: Some("interface".to_owned()),
         mac_address: Some(interface.mac.to_string()),
         network_interface_id: Some(interface.id.clone()),
         owner_id: Some(interface.account_id.clone()),
-        private_dns_name,
+        private_dns_name: Some(network_interface::private_dns_name(call.region, interface.private_ip)),
         private_ip_address: Some(interface.private_ip.to_string()),
         source_dest_check: Some(interface.source_dest_check),
         status: Some("in-use".to_owned()),
@@ -372,8 +376,12 @@ fn volume_has(volume: &Volume, field: &str, test: &dyn Fn(&str) -> bool) -> bool
 
 fn interface_has(call: &Call<'_>, interface: &NetworkInterface, field: &str, test: &dyn Fn(&str) -> bool) -> bool {
     match field {
-        "addresses.association.public-ip" | "association.public-ip" => public_ip(&call.tx, interface, test),
-        "addresses.private-ip-address" | "private-ip-address" => test(&interface.private_ip.to_string()),
+        "addresses.association.public-ip" => {
+            interface.private_ips().filter_map(|ip| address::public_ip_of(&call.tx, interface, ip)).any(|ip| test(&ip.to_string()))
+        }
+        "association.public-ip" => public_ip(&call.tx, interface, test),
+        "addresses.private-ip-address" => interface.private_ips().any(|ip| test(&ip.to_string())),
+        "private-ip-address" => test(&interface.private_ip.to_string()),
         "attachment.attachment-id" => interface.attachment.as_ref().is_some_and(|attachment| test(&attachment.id)),
         "availability-zone" => test(&interface.zone),
         "description" => test(&interface.description),

@@ -18,16 +18,21 @@ pub mod instance;
 pub mod instance_type;
 pub mod internet_gateway;
 pub mod key_pair;
+pub mod nat_gateway;
 pub mod network_acl;
+pub mod network_acl_entry;
 pub mod network_interface;
+pub mod prefix_list;
 pub mod region;
 pub mod route_table;
 pub mod security_group;
 pub mod security_group_rule;
+pub mod stale_security_group;
 pub mod subnet;
 pub mod tag;
 pub mod volume;
 pub mod vpc;
+pub mod vpc_peering_connection;
 
 #[cfg(test)]
 mod fixture;

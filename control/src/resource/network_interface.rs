@@ -1,15 +1,30 @@
 //! Network interfaces (ENIs): an address in a subnet, a MAC, and the security groups that guard both.
 //!
-//! Launches make them by [`insert`] and terminations take them away by [`remove`]. Their MACs come from a counter, so none is ever
-//! used twice.
+//! Launches make them by [`insert`] and terminations take them away by [`remove`]; tenants make more themselves and attach them. Their MACs come from a counter, so none is ever used twice.
+
+mod attachment;
+mod attribute;
+mod lifecycle;
+mod private_address;
 
 use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+pub use attachment::{attach_network_interface, check_count, check_fit, detach_network_interface, read_index};
+pub(crate) use attachment::{attached, release};
+pub(super) use attribute::instance_tracking_shape;
+pub use attribute::{
+    describe_network_interface_attribute, modify_network_interface_attribute, read_description, reset_network_interface_attribute, track,
+};
+pub use lifecycle::{create_network_interface, delete_network_interface};
+pub use private_address::{Wanted, assign_private_ip_addresses, check_count as check_addresses, unassign_private_ip_addresses};
 
 use super::filter::{Filters, Page};
 use super::id::{NETWORK_INTERFACE, SECURITY_GROUP};
-use super::{address, security_group, subnet, tag};
+use super::{address, nat_gateway, security_group, tag};
 use crate::error::ApiError;
-use crate::model::{Mac, NetworkInterface, NetworkInterfaceAttachment, SecurityGroup, Subnet, Time, Vpc};
+use crate::model::{ConnectionTracking, Mac, NetworkInterface, NetworkInterfaceAttachment, SecurityGroup, Subnet, Time, Vpc};
 use crate::shape::Timestamp;
 use crate::shapes::{
     self, DescribeNetworkInterfacesRequest, DescribeNetworkInterfacesResult, GroupIdentifier, NetworkInterfaceAssociation,
@@ -19,13 +34,19 @@ use crate::world::{Call, Region, Tx};
 
 /// The most security groups of an interface.
 pub const MOST_GROUPS: usize = 5;
+/// The most interfaces of an account in the region.
+const MOST_INTERFACES: usize = 5000;
+/// The most private addresses of an interface, whatever its instance.
+const MOST_ADDRESSES: usize = 50;
+/// Seconds after which a connection may be forgotten: TCP established, UDP with an answer, UDP without.
+const CONNECTION_TRACKING: [RangeInclusive<u32>; 3] = [60..=432_000, 60..=180, 30..=60];
 
 /// What a new interface is made of.
 pub struct NewInterface<'a> {
     /// Where its address is.
     pub subnet: &'a Subnet,
-    /// The address; none: any that is free.
-    pub private_ip: Option<Ipv4Addr>,
+    /// Its private addresses.
+    pub addresses: Wanted,
     /// Its groups, checked by [`checked_groups`].
     pub security_group_ids: Vec<String>,
     /// Free text.
@@ -34,14 +55,17 @@ pub struct NewInterface<'a> {
     pub attachment: Option<NetworkInterfaceAttachment>,
     /// Whether its instance gets a public address whenever it starts.
     pub associate_public_ip: bool,
+    /// Times of its connections.
+    pub connection_tracking: ConnectionTracking,
 }
 
 /// Makes an interface.
 ///
 /// # Errors
-/// Those of [`subnet::free_address`].
+/// Those of [`super::subnet::free_addresses`].
 pub fn insert(tx: &mut Tx<'_>, now: Time, new: NewInterface<'_>) -> Result<NetworkInterface, ApiError> {
-    let private_ip = subnet::free_address(tx, new.subnet, new.private_ip)?;
+    let mut addresses = new.addresses.take(tx, new.subnet)?.into_iter();
+    let private_ip = addresses.next().ok_or_else(ApiError::internal)?;
     // 02 is a locally administered unicast address; the counter fills the other 40 bits.
     let [_, _, _, rest @ ..] = tx.counter_next("mac").to_be_bytes();
     let [a, b, c, d, e] = rest;
@@ -60,6 +84,8 @@ pub fn insert(tx: &mut Tx<'_>, now: Time, new: NewInterface<'_>) -> Result<Netwo
         auto_public_ip: None,
         associate_public_ip: new.associate_public_ip,
         created: now,
+        secondary_ips: addresses.collect(),
+        connection_tracking: new.connection_tracking,
     };
     tx.put(interface.clone());
     Ok(interface)
@@ -70,6 +96,21 @@ pub fn remove(tx: &mut Tx<'_>, account: &str, id: &str) {
     address::interface_release(tx, account, id);
     tag::remove(tx, account, id);
     tx.delete::<NetworkInterface>(account, id);
+}
+
+/// An interface of the asking account that it may change.
+///
+/// # Errors
+/// The `Malformed` or `NotFound` answer about the id, `AuthFailure` for one that a NAT gateway manages.
+pub(super) fn own(call: &Call<'_>, id: &str) -> Result<Arc<NetworkInterface>, ApiError> {
+    let interface = NETWORK_INTERFACE.row::<NetworkInterface>(call, id)?;
+    nat_gateway::check_not_managed(&call.tx, &interface.account_id, id)?;
+    Ok(interface)
+}
+
+/// The answer about an interface that already belongs to an instance.
+pub fn in_use(id: &str) -> ApiError {
+    ApiError::new("InvalidNetworkInterface.InUse", format!("Interface: [{id}] in use."))
 }
 
 /// The groups of an interface in a VPC: those asked for, each once, or the VPC's default group.
@@ -112,12 +153,17 @@ pub fn private_dns_name(region: &Region, ip: Ipv4Addr) -> String {
     format!("ip-{}.{}", dashed(ip), private_domain(region))
 }
 
+/// The domain of public host names.
+pub fn public_domain(region: &Region) -> String {
+    match region.name.as_str() {
+        "us-east-1" => "compute-1.amazonaws.com".to_owned(),
+        name => format!("{name}.compute.amazonaws.com"),
+    }
+}
+
 /// The public host name of an address: `ec2-198-51-100-7.compute-1.amazonaws.com`.
 pub fn public_dns_name(region: &Region, ip: Ipv4Addr) -> String {
-    match region.name.as_str() {
-        "us-east-1" => format!("ec2-{}.compute-1.amazonaws.com", dashed(ip)),
-        name => format!("ec2-{}.{name}.compute.amazonaws.com", dashed(ip)),
-    }
+    format!("ec2-{}.{}", dashed(ip), public_domain(region))
 }
 
 fn dashed(ip: Ipv4Addr) -> String {
@@ -193,50 +239,70 @@ fn passes(call: &Call<'_>, filters: &Filters, interface: &NetworkInterface) -> b
     let flag = |on| if on { "true" } else { "false" };
     let attached = |test: &dyn Fn(&NetworkInterfaceAttachment) -> bool| interface.attachment.as_ref().is_some_and(test);
     let public = || association(call, interface);
+    let any_public = |test: &dyn Fn(NetworkInterfaceAssociation) -> bool| {
+        interface.private_ips().filter_map(|ip| association_of(call, interface, ip)).any(test)
+    };
     let some = |value: Option<String>, test: &dyn Fn(&str) -> bool| value.is_some_and(|value| test(&value));
     filters.pass(&tag::of(&call.tx, &interface.account_id, &interface.id), |name, test| match name {
-        "addresses.association.owner-id" | "association.ip-owner-id" => some(public().and_then(|public| public.ip_owner_id), test),
-        "addresses.association.public-ip" | "association.public-ip" => some(public().and_then(|public| public.public_ip), test),
+        "addresses.association.owner-id" => any_public(&|public| some(public.ip_owner_id, test)),
+        "addresses.association.public-ip" => any_public(&|public| some(public.public_ip, test)),
+        "association.ip-owner-id" => some(public().and_then(|public| public.ip_owner_id), test),
+        "association.public-ip" => some(public().and_then(|public| public.public_ip), test),
         "association.allocation-id" => some(public().and_then(|public| public.allocation_id), test),
         "association.association-id" => some(public().and_then(|public| public.association_id), test),
         "association.public-dns-name" => some(public().and_then(|public| public.public_dns_name), test),
-        "addresses.primary" => test("true"),
-        "addresses.private-ip-address" | "private-ip-address" => test(&interface.private_ip.to_string()),
+        "addresses.primary" => test("true") || !interface.secondary_ips.is_empty() && test("false"),
+        "addresses.private-ip-address" => interface.private_ips().any(|ip| test(&ip.to_string())),
+        "private-ip-address" => test(&interface.private_ip.to_string()),
         "attachment.attach-time" => attached(&|attachment| test(&Timestamp::from(attachment.attach_time).to_text())),
         "attachment.attachment-id" => attached(&|attachment| test(&attachment.id)),
         "attachment.delete-on-termination" => attached(&|attachment| test(flag(attachment.delete_on_termination))),
         "attachment.device-index" => attached(&|attachment| test(&attachment.device_index.to_string())),
         "attachment.instance-id" => attached(&|attachment| test(&attachment.instance_id)),
         "attachment.instance-owner-id" => attached(&|_| test(&interface.account_id)),
-        "attachment.status" => attached(&|_| test("attached")),
+        "attachment.status" if managed(call, interface) => test("attached"),
+        "attachment.status" => attached(&|attachment| test(attachment.state.name())),
         "availability-zone" => test(&interface.zone),
         "availability-zone-id" => call.region.zone(&interface.zone).is_some_and(|zone| test(&zone.id)),
         "description" => test(&interface.description),
         "group-id" => interface.security_group_ids.iter().any(|id| test(id)),
         "group-name" => groups(&call.tx, interface).into_iter().any(|group| some(group.group_name, test)),
-        "interface-type" => test("interface"),
+        "interface-type" => test(if managed(call, interface) { "nat_gateway" } else { "interface" }),
         "mac-address" => test(&interface.mac.to_string()),
         "network-interface-id" => test(&interface.id),
-        "operator.managed" | "requester-managed" => test("false"),
+        "operator.managed" => test("false"),
+        "requester-managed" => test(flag(managed(call, interface))),
+        "requester-id" => managed(call, interface) && test(&interface.account_id),
         "owner-id" => test(&interface.account_id),
         "private-dns-name" => test(&private_dns_name(call.region, interface.private_ip)),
         "source-dest-check" => test(flag(interface.source_dest_check)),
-        "status" => test(status(interface)),
+        "status" => test(status(call, interface)),
         "subnet-id" => test(&interface.subnet_id),
         "vpc-id" => test(&interface.vpc_id),
-        // No interface has an IPv6 address, a requester or an operator.
+        // No interface has an IPv6 address or an operator.
         _ => false,
     })
 }
 
-fn status(interface: &NetworkInterface) -> &'static str {
-    if interface.attachment.is_some() { "in-use" } else { "available" }
+fn status(call: &Call<'_>, interface: &NetworkInterface) -> &'static str {
+    if interface.attachment.is_some() || managed(call, interface) { "in-use" } else { "available" }
 }
 
-/// The public side of an interface, if it has one.
+/// Whether an interface belongs to a NAT gateway.
+fn managed(call: &Call<'_>, interface: &NetworkInterface) -> bool {
+    nat_gateway::of_interface(&call.tx, &interface.account_id, &interface.id).is_some()
+}
+
+/// The public side of an interface's primary address, if it has one.
 pub fn association(call: &Call<'_>, interface: &NetworkInterface) -> Option<NetworkInterfaceAssociation> {
-    let elastic = address::of_interface(&call.tx, interface);
-    let ip = elastic.as_ref().map(|address| address.public_ip).or(interface.auto_public_ip)?;
+    association_of(call, interface, interface.private_ip)
+}
+
+/// The public side of one private address of an interface, if it has one.
+pub fn association_of(call: &Call<'_>, interface: &NetworkInterface, private_ip: Ipv4Addr) -> Option<NetworkInterfaceAssociation> {
+    let elastic = address::of_private_ip(&call.tx, interface, private_ip);
+    let auto = || interface.auto_public_ip.filter(|_| private_ip == interface.private_ip);
+    let ip = elastic.as_ref().map(|address| address.public_ip).or_else(auto)?;
     let named = call.tx.get::<Vpc>(&interface.account_id, &interface.vpc_id).is_some_and(|vpc| vpc.dns_hostnames);
     // An address that came with the launch is Amazon's and has no ids.
     let owner = if elastic.is_some() { interface.account_id.as_str() } else { "amazon" };
@@ -250,10 +316,9 @@ pub fn association(call: &Call<'_>, interface: &NetworkInterface) -> Option<Netw
     })
 }
 
-fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterface {
-    let association = association(call, interface);
-    let private_dns_name = private_dns_name(call.region, interface.private_ip);
-    let attachment = |attachment: &NetworkInterfaceAttachment| shapes::NetworkInterfaceAttachment {
+fn attachment_shape(interface: &NetworkInterface) -> Option<shapes::NetworkInterfaceAttachment> {
+    let attachment = interface.attachment.as_ref()?;
+    Some(shapes::NetworkInterfaceAttachment {
         attachment_id: Some(attachment.id.clone()),
         instance_id: Some(attachment.instance_id.clone()),
         instance_owner_id: Some(interface.account_id.clone()),
@@ -261,14 +326,20 @@ fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterf
         network_card_index: Some(0),
         attach_time: Some(attachment.attach_time.into()),
         delete_on_termination: Some(attachment.delete_on_termination),
-        status: Some("attached".into()),
+        status: Some(attachment.state.name().to_owned()),
         ..Default::default()
-    };
-    let address = NetworkInterfacePrivateIpAddress {
-        primary: Some(true),
-        private_ip_address: Some(interface.private_ip.to_string()),
-        private_dns_name: Some(private_dns_name.clone()),
-        association: association.clone(),
+    })
+}
+
+fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterface {
+    let managed = managed(call, interface);
+    let association = association(call, interface);
+    let private_dns_name = private_dns_name(call.region, interface.private_ip);
+    let address = |ip: Ipv4Addr| NetworkInterfacePrivateIpAddress {
+        primary: Some(ip == interface.private_ip),
+        private_ip_address: Some(ip.to_string()),
+        private_dns_name: Some(self::private_dns_name(call.region, ip)),
+        association: association_of(call, interface, ip),
     };
     shapes::NetworkInterface {
         network_interface_id: Some(interface.id.clone()),
@@ -279,17 +350,19 @@ fn shape(call: &Call<'_>, interface: &NetworkInterface) -> shapes::NetworkInterf
         owner_id: Some(interface.account_id.clone()),
         description: Some(interface.description.clone()),
         groups: groups(&call.tx, interface),
-        interface_type: Some("interface".into()),
+        interface_type: Some(if managed { "nat_gateway" } else { "interface" }.into()),
         mac_address: Some(interface.mac.to_string()),
         private_ip_address: Some(interface.private_ip.to_string()),
         private_dns_name: Some(private_dns_name),
-        private_ip_addresses: vec![address],
+        private_ip_addresses: interface.private_ips().map(address).collect(),
         public_dns_name: association.as_ref().and_then(|association| association.public_dns_name.clone()),
         association,
-        attachment: interface.attachment.as_ref().map(attachment),
-        requester_managed: Some(false),
+        attachment: attachment_shape(interface),
+        connection_tracking_configuration: attribute::tracking_shape(interface.connection_tracking),
+        requester_id: managed.then(|| interface.account_id.clone()),
+        requester_managed: Some(managed),
         source_dest_check: Some(interface.source_dest_check),
-        status: Some(status(interface).to_owned()),
+        status: Some(status(call, interface).to_owned()),
         tag_set: tag::shapes(&tag::of(&call.tx, &interface.account_id, &interface.id)),
         ..Default::default()
     }

@@ -9,13 +9,13 @@ use ipnet::Ipv4Net;
 
 use super::filter::{Filters, Page};
 use super::id::{SECURITY_GROUP, SECURITY_GROUP_RULE};
-use super::security_group_rule::protocol_name;
+use super::security_group_rule::{peering_shape, protocol_name};
 use super::{tag, vpc};
 use crate::error::ApiError;
 use crate::model::{NetworkInterface, RuleRemote, SecurityGroup, SecurityGroupRule};
 use crate::shapes::{
     self, CreateSecurityGroupRequest, CreateSecurityGroupResult, DeleteSecurityGroupRequest, DeleteSecurityGroupResult,
-    DescribeSecurityGroupsRequest, DescribeSecurityGroupsResult, IpPermission, IpRange, Ipv6Range, UserIdGroupPair,
+    DescribeSecurityGroupsRequest, DescribeSecurityGroupsResult, IpPermission, IpRange, Ipv6Range, PrefixListId, UserIdGroupPair,
 };
 use crate::world::{Call, Tx};
 
@@ -86,7 +86,7 @@ pub fn default_insert(tx: &mut Tx<'_>, account: &str, vpc_id: &str) {
     let description = "default VPC security group".to_owned();
     let out = everything_out(tx);
     let id = insert(tx, account, vpc_id, DEFAULT.to_owned(), description, vec![out]);
-    let remote = RuleRemote::Group { account_id: account.to_owned(), group_id: id.clone() };
+    let remote = RuleRemote::Group { account_id: account.to_owned(), group_id: id.clone(), peering: None };
     let rule_id = tx.new_id(SECURITY_GROUP_RULE.prefix);
     let members_in =
         SecurityGroupRule { id: rule_id, egress: false, protocol: None, from_port: -1, to_port: -1, remote, description: None };
@@ -240,7 +240,7 @@ fn rule_field(call: &Call<'_>, rule: &SecurityGroupRule, field: &str, test: &dyn
         ("ip-permission.group-name", RuleRemote::Group { group_id, .. }) => {
             call.get::<SecurityGroup>(group_id).is_some_and(|group| test(&group.name))
         }
-        // No rule names a prefix list.
+        ("ip-permission.prefix-list-id", RuleRemote::PrefixList(id)) => test(id),
         _ => false,
     }
 }
@@ -253,14 +253,18 @@ fn shape(call: &Call<'_>, group: &SecurityGroup) -> shapes::SecurityGroup {
         owner_id: Some(group.account_id.clone()),
         vpc_id: Some(group.vpc_id.clone()),
         security_group_arn: Some(SECURITY_GROUP.arn(call.region, &group.account_id, &group.id)),
-        ip_permissions: permissions(group.rules.iter().filter(|rule| !rule.egress)),
-        ip_permissions_egress: permissions(group.rules.iter().filter(|rule| rule.egress)),
+        ip_permissions: permissions(&call.tx, group, group.rules.iter().filter(|rule| !rule.egress)),
+        ip_permissions_egress: permissions(&call.tx, group, group.rules.iter().filter(|rule| rule.egress)),
         tags: tag::shapes(&tag::of(&call.tx, &group.account_id, &group.id)),
     }
 }
 
 /// Rules as EC2 shows them in a group: joined by protocol and ports, in the order in which they came.
-pub(super) fn permissions<'a>(rules: impl IntoIterator<Item = &'a SecurityGroupRule>) -> Vec<IpPermission> {
+pub(super) fn permissions<'a>(
+    tx: &Tx<'_>,
+    group: &SecurityGroup,
+    rules: impl IntoIterator<Item = &'a SecurityGroupRule>,
+) -> Vec<IpPermission> {
     let mut all: Vec<IpPermission> = Vec::new();
     for rule in rules {
         let ip_protocol = Some(protocol_name(rule.protocol));
@@ -279,12 +283,19 @@ pub(super) fn permissions<'a>(rules: impl IntoIterator<Item = &'a SecurityGroupR
         match &rule.remote {
             RuleRemote::Ipv4(cidr) => permission.ip_ranges.push(IpRange { cidr_ip: Some(cidr.to_string()), description }),
             RuleRemote::Ipv6(cidr) => permission.ipv6_ranges.push(Ipv6Range { cidr_ipv6: Some(cidr.to_string()), description }),
-            RuleRemote::Group { account_id, group_id } => permission.user_id_group_pairs.push(UserIdGroupPair {
-                group_id: Some(group_id.clone()),
-                user_id: Some(account_id.clone()),
-                description,
-                ..Default::default()
-            }),
+            RuleRemote::Group { account_id, group_id, peering } => {
+                let peering = peering.as_ref().map(|peering| peering_shape(tx, &group.vpc_id, peering));
+                permission.user_id_group_pairs.push(UserIdGroupPair {
+                    group_id: Some(group_id.clone()),
+                    user_id: Some(account_id.clone()),
+                    description,
+                    vpc_id: peering.as_ref().map(|(vpc_id, _, _)| vpc_id.clone()),
+                    vpc_peering_connection_id: peering.as_ref().map(|(_, id, _)| id.clone()),
+                    peering_status: peering.map(|(_, _, state)| state),
+                    ..Default::default()
+                });
+            }
+            RuleRemote::PrefixList(id) => permission.prefix_list_ids.push(PrefixListId { prefix_list_id: Some(id.clone()), description }),
         }
     }
     all

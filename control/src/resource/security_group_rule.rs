@@ -3,25 +3,34 @@
 //! A request names rules by permissions, each of which stands for as many rules as it has remote sides, or by the older flat
 //! parameters, which stand for one. A rule is the same as another when direction, protocol, ports and remote are; its description
 //! does not count. A range of addresses is stored with the bits below its prefix cleared.
+//!
+//! The quota is counted for each direction and each family of addresses: a block is a rule of its family, a group one of both, a
+//! prefix list as many as its largest size.
+
+mod change;
 
 use std::sync::Arc;
+
+pub use change::{
+    modify_security_group_rules, update_security_group_rule_descriptions_egress, update_security_group_rule_descriptions_ingress,
+};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use super::filter::{Filters, Page};
-use super::id::{SECURITY_GROUP_RULE, unsupported};
-use super::{security_group, tag};
+use super::id::{PREFIX_LIST, SECURITY_GROUP_RULE};
+use super::{prefix_list, security_group, tag, vpc_peering_connection};
 use crate::error::ApiError;
-use crate::model::{RuleRemote, SecurityGroup, SecurityGroupRule};
+use crate::model::{AddressFamily, PrefixList, RulePeering, RuleRemote, SecurityGroup, SecurityGroupRule};
 use crate::shapes::{
     self, AuthorizeSecurityGroupEgressRequest, AuthorizeSecurityGroupEgressResult, AuthorizeSecurityGroupIngressRequest,
     AuthorizeSecurityGroupIngressResult, DescribeSecurityGroupRulesRequest, DescribeSecurityGroupRulesResult, IpPermission, IpRange,
     ReferencedSecurityGroup, RevokeSecurityGroupEgressRequest, RevokeSecurityGroupEgressResult, RevokeSecurityGroupIngressRequest,
     RevokeSecurityGroupIngressResult, RevokedSecurityGroupRule, TagSpecification, UserIdGroupPair,
 };
-use crate::world::Call;
+use crate::world::{Call, Tx};
 
-/// The most rules of a group in one direction.
+/// The most rules of a group in one direction and family.
 const MOST_RULES: usize = 60;
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
@@ -29,6 +38,7 @@ const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 
 /// The parameters that ingress and egress, authorize and revoke have in common.
+#[derive(Default)]
 struct Flat {
     ip_protocol: Option<String>,
     from_port: Option<i32>,
@@ -52,12 +62,17 @@ impl Described {
         (self.protocol, self.from_port, self.to_port) == (rule.protocol, rule.from_port, rule.to_port) && self.remote == rule.remote
     }
 
+    fn not_found() -> ApiError {
+        ApiError::new("InvalidPermission.NotFound", "The specified rule does not exist in this security group.")
+    }
+
     /// The sentence of EC2's about a rule that is there already.
     fn duplicate(&self) -> ApiError {
         let peer = match &self.remote {
             RuleRemote::Ipv4(cidr) => cidr.to_string(),
             RuleRemote::Ipv6(cidr) => cidr.to_string(),
             RuleRemote::Group { group_id, .. } => group_id.clone(),
+            RuleRemote::PrefixList(id) => id.clone(),
         };
         let protocol = match self.protocol {
             None => "ALL".to_owned(),
@@ -124,12 +139,8 @@ fn authorize(
     specifications: Vec<TagSpecification>,
 ) -> Result<Vec<shapes::SecurityGroupRule>, ApiError> {
     let described = describe(call, group, permissions, flat)?;
-    let too_many = || {
-        let message = "The maximum number of rules per security group has been reached.";
-        ApiError::new("RulesPerSecurityGroupLimitExceeded", message)
-    };
     // Before the comparison of each with each.
-    if described.len() > MOST_RULES {
+    if described.len() > 2 * MOST_RULES {
         return Err(too_many());
     }
     let tags = tag::specified(specifications, &SECURITY_GROUP_RULE)?;
@@ -149,7 +160,7 @@ fn authorize(
             description: new.description,
         });
     }
-    if changed.rules.iter().filter(|rule| rule.egress == egress).count() > MOST_RULES {
+    if !fits(&call.tx, &changed, None) {
         return Err(too_many());
     }
     let added: Vec<SecurityGroupRule> = changed.rules.iter().skip(old).cloned().collect();
@@ -158,6 +169,30 @@ fn authorize(
         tag::set(&mut call.tx, &group.account_id, &SECURITY_GROUP_RULE, &rule.id, tags.clone());
     }
     Ok(added.iter().map(|rule| shape(call, group, rule)).collect())
+}
+
+fn too_many() -> ApiError {
+    let message = "The maximum number of rules per security group has been reached.";
+    ApiError::new("RulesPerSecurityGroupLimitExceeded", message)
+}
+
+/// Whether the rules of a group are within the quota, with `changed` in place of the prefix list of its id.
+pub(super) fn fits(tx: &Tx<'_>, group: &SecurityGroup, changed: Option<&PrefixList>) -> bool {
+    let weight = |rule: &SecurityGroupRule, family| match &rule.remote {
+        RuleRemote::Ipv4(_) => usize::from(family == AddressFamily::Ipv4),
+        RuleRemote::Ipv6(_) => usize::from(family == AddressFamily::Ipv6),
+        RuleRemote::Group { .. } => 1,
+        RuleRemote::PrefixList(id) => {
+            let list = prefix_list::counted(tx, &group.account_id, id, changed).filter(|list| list.family == family);
+            list.map_or(0, |list| usize::try_from(list.max_entries).unwrap_or(usize::MAX))
+        }
+    };
+    [false, true].into_iter().all(|egress| {
+        let rules = || group.rules.iter().filter(|rule| rule.egress == egress);
+        [AddressFamily::Ipv4, AddressFamily::Ipv6]
+            .into_iter()
+            .all(|family| rules().fold(0_usize, |sum, rule| sum.saturating_add(weight(rule, family))) <= MOST_RULES)
+    })
 }
 
 /// RevokeSecurityGroupIngress.
@@ -219,9 +254,7 @@ fn revoke(
     };
     if ids.is_empty() {
         for described in describe(call, group, permissions, flat)? {
-            let message = "The specified rule does not exist in this security group.";
-            let rule = candidates().find(|rule| described.is(rule));
-            add(rule.ok_or_else(|| ApiError::new("InvalidPermission.NotFound", message))?);
+            add(candidates().find(|rule| described.is(rule)).ok_or_else(Described::not_found)?);
         }
     } else {
         if !permissions.is_empty() || flat.ip_protocol.is_some() || flat.cidr_ip.is_some() || flat.source_group_name.is_some() {
@@ -256,7 +289,6 @@ fn describe(call: &Call<'_>, group: &SecurityGroup, permissions: Vec<IpPermissio
     };
     let mut described = Vec::new();
     for permission in permissions {
-        unsupported(&[("PrefixListIds", !permission.prefix_list_ids.is_empty())])?;
         let protocol = parse_protocol(permission.ip_protocol.as_deref())?;
         let (from_port, to_port) = parse_ports(protocol, permission.from_port, permission.to_port)?;
         let mut remotes = Vec::new();
@@ -274,18 +306,28 @@ fn describe(call: &Call<'_>, group: &SecurityGroup, permissions: Vec<IpPermissio
             let description = pair.description.clone();
             remotes.push((parse_group(call, group, &pair)?, description));
         }
+        for list in permission.prefix_list_ids {
+            let id = PREFIX_LIST.required(list.prefix_list_id, "PrefixListId")?;
+            PREFIX_LIST.row::<PrefixList>(call, &id)?;
+            remotes.push((RuleRemote::PrefixList(id), list.description));
+        }
         if remotes.is_empty() {
-            return Err(ApiError::new("MissingParameter", "A rule needs a remote side: a CIDR block or a security group"));
+            let message = "A rule needs a remote side: a CIDR block, a security group or a prefix list";
+            return Err(ApiError::new("MissingParameter", message));
         }
         for (remote, description) in remotes {
-            let description = description.filter(|text| !text.is_empty());
-            if let Some(text) = &description {
-                security_group::check_text("Description", text)?;
-            }
+            let description = checked_description(description)?;
             described.push(Described { protocol, from_port, to_port, remote, description });
         }
     }
     Ok(described)
+}
+
+/// The description of a rule; an empty one is none.
+fn checked_description(text: Option<String>) -> Result<Option<String>, ApiError> {
+    let text = text.filter(|text| !text.is_empty());
+    text.iter().try_for_each(|text| security_group::check_text("Description", text))?;
+    Ok(text)
 }
 
 /// The permissions that the flat parameters stand for. A source group without a protocol means all of ICMP, TCP and UDP.
@@ -317,29 +359,67 @@ fn malformed_cidr(text: &str) -> ApiError {
     ApiError::invalid_value(format!("CIDR block {text} is malformed"))
 }
 
-/// The group of a remote side: of this account and of the same VPC, by id or by name.
+/// The group of a remote side, by id or by name: of the same VPC, or of one that it is peered with.
 fn parse_group(call: &Call<'_>, group: &SecurityGroup, pair: &UserIdGroupPair) -> Result<RuleRemote, ApiError> {
-    unsupported(&[("VpcPeeringConnectionId", pair.vpc_peering_connection_id.is_some())])?;
-    let own = pair.user_id.as_deref().is_none_or(|user| user == group.account_id);
+    let owner = pair.user_id.as_deref().filter(|user| !user.is_empty()).unwrap_or(&group.account_id);
     let not_found = |name: &str| ApiError::new("InvalidGroup.NotFound", format!("The security group '{name}' does not exist"));
+    // What a rule of the group names already may be named again, also when it is stale.
+    let names = |remote: &&RuleRemote| match remote {
+        RuleRemote::Group { account_id, group_id, .. } => pair.group_id.as_ref() == Some(group_id) && account_id == owner,
+        _ => false,
+    };
+    if let Some(remote) = group.rules.iter().map(|rule| &rule.remote).find(names) {
+        return Ok(remote.clone());
+    }
     let remote: Arc<SecurityGroup> = match (pair.group_id.as_deref(), pair.group_name.as_deref()) {
-        (Some(id), _) if !own => return Err(not_found(id)),
-        (Some(id), _) => super::id::SECURITY_GROUP.row(call, id)?,
+        (Some(id), _) if owner == group.account_id => super::id::SECURITY_GROUP.row(call, id)?,
+        (Some(id), _) => {
+            super::id::SECURITY_GROUP.check(id)?;
+            let foreign = call.tx.get::<SecurityGroup>(owner, id);
+            // A group of another account exists for those that are peered with its VPC.
+            let reachable = |other: &Arc<SecurityGroup>| vpc_peering_connection::between(&call.tx, &group.vpc_id, &other.vpc_id).is_some();
+            foreign.filter(reachable).ok_or_else(|| not_found(id))?
+        }
         (None, Some(name)) => {
             let siblings = call.find::<SecurityGroup>("vpc", &group.vpc_id);
-            let found = siblings.into_iter().find(|other| own && other.name.eq_ignore_ascii_case(name));
+            let found = siblings.into_iter().find(|other| owner == group.account_id && other.name.eq_ignore_ascii_case(name));
             found.ok_or_else(|| not_found(name))?
         }
         (None, None) => return Err(ApiError::new("MissingParameter", "A source security group needs a groupId or a groupName")),
     };
-    if remote.vpc_id != group.vpc_id || pair.vpc_id.as_ref().is_some_and(|vpc_id| *vpc_id != remote.vpc_id) {
+    let peering = if remote.vpc_id == group.vpc_id {
+        None
+    } else {
+        let connection = vpc_peering_connection::between(&call.tx, &group.vpc_id, &remote.vpc_id);
+        connection.map(|connection| RulePeering { vpc_id: remote.vpc_id.clone(), vpc_peering_connection_id: connection.id.clone() })
+    };
+    let via = peering.as_ref().map(|peering| &peering.vpc_peering_connection_id);
+    let reachable = remote.vpc_id == group.vpc_id || peering.is_some();
+    if !reachable
+        || pair.vpc_id.as_ref().is_some_and(|vpc_id| *vpc_id != remote.vpc_id)
+        || pair.vpc_peering_connection_id.as_ref().is_some_and(|id| Some(id) != via)
+    {
         return Err(ApiError::new("InvalidGroup.NotFound", "You have specified two resources that belong to different networks."));
     }
-    Ok(RuleRemote::Group { account_id: remote.account_id.clone(), group_id: remote.id.clone() })
+    Ok(RuleRemote::Group { account_id: remote.account_id.clone(), group_id: remote.id.clone(), peering })
+}
+
+/// How a rule of a group of `vpc_id` shows the way to a group of another VPC: the VPC, the connection and its state. The newest
+/// active connection counts; without one it is the connection that the rule was made over.
+pub fn peering_shape(tx: &Tx<'_>, vpc_id: &str, peering: &RulePeering) -> (String, String, String) {
+    let (id, state) = match vpc_peering_connection::between(tx, vpc_id, &peering.vpc_id) {
+        Some(active) => (active.id.clone(), active.state.name()),
+        None => {
+            let id = peering.vpc_peering_connection_id.clone();
+            let state = vpc_peering_connection::state_name(tx, &id);
+            (id, state)
+        }
+    };
+    (peering.vpc_id.clone(), id, state.to_owned())
 }
 
 /// A protocol by its name or its number; `-1` is every protocol.
-fn parse_protocol(text: Option<&str>) -> Result<Option<u8>, ApiError> {
+pub(super) fn parse_protocol(text: Option<&str>) -> Result<Option<u8>, ApiError> {
     let Some(text) = text.filter(|text| !text.is_empty()) else {
         return Err(ApiError::missing_parameter("IpProtocol"));
     };
@@ -435,13 +515,7 @@ pub fn describe_security_group_rules(
 }
 
 fn shape(call: &Call<'_>, group: &SecurityGroup, rule: &SecurityGroupRule) -> shapes::SecurityGroupRule {
-    let (cidr_ipv4, cidr_ipv6, referenced) = remote_shape(&rule.remote);
-    let referenced_group_info = referenced.map(|(user_id, group_id)| ReferencedSecurityGroup {
-        group_id: Some(group_id),
-        user_id: Some(user_id),
-        ..Default::default()
-    });
-    shapes::SecurityGroupRule {
+    let mut shape = shapes::SecurityGroupRule {
         security_group_rule_id: Some(rule.id.clone()),
         security_group_rule_arn: Some(SECURITY_GROUP_RULE.arn(call.region, &group.account_id, &rule.id)),
         group_id: Some(group.id.clone()),
@@ -450,39 +524,47 @@ fn shape(call: &Call<'_>, group: &SecurityGroup, rule: &SecurityGroupRule) -> sh
         ip_protocol: Some(protocol_name(rule.protocol)),
         from_port: Some(rule.from_port),
         to_port: Some(rule.to_port),
-        cidr_ipv4,
-        cidr_ipv6,
-        referenced_group_info,
         description: rule.description.clone(),
         tags: tag::shapes(&tag::of(&call.tx, &group.account_id, &rule.id)),
-        prefix_list_id: None,
+        ..Default::default()
+    };
+    match &rule.remote {
+        RuleRemote::Ipv4(cidr) => shape.cidr_ipv4 = Some(cidr.to_string()),
+        RuleRemote::Ipv6(cidr) => shape.cidr_ipv6 = Some(cidr.to_string()),
+        RuleRemote::PrefixList(id) => shape.prefix_list_id = Some(id.clone()),
+        RuleRemote::Group { account_id, group_id, peering } => {
+            let mut referenced =
+                ReferencedSecurityGroup { group_id: Some(group_id.clone()), user_id: Some(account_id.clone()), ..Default::default() };
+            if let Some(peering) = peering {
+                let (vpc_id, connection_id, state) = peering_shape(&call.tx, &group.vpc_id, peering);
+                referenced.vpc_id = Some(vpc_id);
+                referenced.vpc_peering_connection_id = Some(connection_id);
+                referenced.peering_status = Some(state);
+            }
+            shape.referenced_group_info = Some(referenced);
+        }
     }
+    shape
 }
 
 fn revoked_shape(group: &SecurityGroup, rule: &SecurityGroupRule) -> RevokedSecurityGroupRule {
-    let (cidr_ipv4, cidr_ipv6, referenced) = remote_shape(&rule.remote);
-    RevokedSecurityGroupRule {
+    let mut shape = RevokedSecurityGroupRule {
         security_group_rule_id: Some(rule.id.clone()),
         group_id: Some(group.id.clone()),
         is_egress: Some(rule.egress),
         ip_protocol: Some(protocol_name(rule.protocol)),
         from_port: Some(rule.from_port),
         to_port: Some(rule.to_port),
-        cidr_ipv4,
-        cidr_ipv6,
-        referenced_group_id: referenced.map(|(_, group_id)| group_id),
         description: rule.description.clone(),
-        prefix_list_id: None,
+        ..Default::default()
+    };
+    match &rule.remote {
+        RuleRemote::Ipv4(cidr) => shape.cidr_ipv4 = Some(cidr.to_string()),
+        RuleRemote::Ipv6(cidr) => shape.cidr_ipv6 = Some(cidr.to_string()),
+        RuleRemote::PrefixList(id) => shape.prefix_list_id = Some(id.clone()),
+        RuleRemote::Group { group_id, .. } => shape.referenced_group_id = Some(group_id.clone()),
     }
-}
-
-/// IPv4 block, IPv6 block, (account, group): one of them.
-fn remote_shape(remote: &RuleRemote) -> (Option<String>, Option<String>, Option<(String, String)>) {
-    match remote {
-        RuleRemote::Ipv4(cidr) => (Some(cidr.to_string()), None, None),
-        RuleRemote::Ipv6(cidr) => (None, Some(cidr.to_string()), None),
-        RuleRemote::Group { account_id, group_id } => (None, None, Some((account_id.clone(), group_id.clone()))),
-    }
+    shape
 }
 
 #[cfg(test)]
@@ -534,7 +616,7 @@ mod tests {
         let stored: Vec<_> = rules(&fixture, &id, false).into_iter().map(|rule| rule.remote).collect();
         assert_eq!(stored[0], RuleRemote::Ipv4("10.0.0.0/8".parse().unwrap()));
         assert_eq!(stored[2], RuleRemote::Ipv6("2001:db8::/32".parse().unwrap()));
-        assert_eq!(stored[3], RuleRemote::Group { account_id: ALICE.into(), group_id: other });
+        assert_eq!(stored[3], RuleRemote::Group { account_id: ALICE.into(), group_id: other, peering: None });
         let request = shapes::DescribeSecurityGroupsRequest { group_ids: vec![id], ..Default::default() };
         let shown = fixture.call(ALICE, |call| security_group::describe_security_groups(call, request)).unwrap();
         let [joined] = shown.security_groups[0].ip_permissions.as_slice() else { panic!() };
@@ -709,7 +791,11 @@ mod tests {
         let id = group(&fixture, ALICE, "web");
         let cidrs: Vec<String> = (0..60).map(|number| format!("10.0.{number}.0/24")).collect();
         let cidrs: Vec<&str> = cidrs.iter().map(String::as_str).collect();
-        fixture.call(ALICE, |call| authorize_security_group_ingress(call, ingress(&id, vec![permission("-1", None, &cidrs)]))).unwrap();
+        let mut both = permission("-1", None, &cidrs);
+        // The other family has a quota of its own.
+        both.ipv6_ranges =
+            (0..60).map(|number| Ipv6Range { cidr_ipv6: Some(format!("2001:db8:{number:x}::/48")), description: None }).collect();
+        fixture.call(ALICE, |call| authorize_security_group_ingress(call, ingress(&id, vec![both]))).unwrap();
         let one = ingress(&id, vec![permission("-1", None, &["10.1.0.0/24"])]);
         let refused = fixture.refusal(ALICE, |call| authorize_security_group_ingress(call, one));
         assert_eq!(refused, "RulesPerSecurityGroupLimitExceeded");

@@ -266,7 +266,8 @@ pub fn modify_subnet_attribute(call: &mut Call<'_>, request: ModifySubnetAttribu
 
 /// How many addresses of a subnet are free.
 pub fn available(tx: &Tx<'_>, subnet: &Subnet) -> u32 {
-    let used = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id).len();
+    let interfaces = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id);
+    let used: usize = interfaces.iter().map(|interface| interface.private_ips().count()).sum();
     size(subnet).saturating_sub(RESERVED).saturating_sub(u32::try_from(used).unwrap_or(u32::MAX))
 }
 
@@ -275,37 +276,42 @@ fn size(subnet: &Subnet) -> u32 {
     1u32.checked_shl(u32::from(32u8.saturating_sub(subnet.cidr.prefix_len()))).unwrap_or(u32::MAX)
 }
 
-/// A free address of a subnet: the asked-for one, or any. The search begins at a random place, so that the address of an instance that
-/// just went is not the next one's while others still remember it.
+/// Free addresses of a subnet: the asked-for ones, and for each `None` any. The search begins at a random place, so that the address
+/// of an instance that just went is not the next one's while others still remember it.
 ///
 /// # Errors
 /// `InvalidParameterValue` for an address outside the subnet or a reserved one, `InvalidIPAddress.InUse` for a taken one,
 /// `InsufficientFreeAddressesInSubnet` when all are taken.
-pub fn free_address(tx: &mut Tx<'_>, subnet: &Subnet, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, ApiError> {
+pub fn free_addresses(tx: &mut Tx<'_>, subnet: &Subnet, wanted: &[Option<Ipv4Addr>]) -> Result<Vec<Ipv4Addr>, ApiError> {
     let interfaces = tx.find::<NetworkInterface>(&subnet.account_id, "subnet", &subnet.id);
-    let used: BTreeSet<Ipv4Addr> = interfaces.iter().map(|interface| interface.private_ip).collect();
+    let mut used: BTreeSet<Ipv4Addr> = interfaces.iter().flat_map(|interface| interface.private_ips()).collect();
     let first = u32::from(subnet.cidr.network());
-    if let Some(ip) = wanted {
+    // What is asked for comes first, so that no free choice takes it.
+    for ip in wanted.iter().flatten().copied() {
         let offset = u32::from(ip).wrapping_sub(first);
-        return if !subnet.cidr.contains(&ip) {
-            Err(ApiError::invalid_value(format!("Address {ip} does not fall within the subnet's address range")))
-        } else if offset < RESERVED_FIRST || offset == size(subnet).saturating_sub(1) {
-            Err(ApiError::invalid_value(format!("Address {ip} is in subnet's reserved address range")))
-        } else if used.contains(&ip) {
-            Err(ApiError::new("InvalidIPAddress.InUse", format!("Address {ip} is in use.")))
-        } else {
-            Ok(ip)
-        };
+        if !subnet.cidr.contains(&ip) {
+            return Err(ApiError::invalid_value(format!("Address {ip} does not fall within the subnet's address range")));
+        }
+        if offset < RESERVED_FIRST || offset == size(subnet).saturating_sub(1) {
+            return Err(ApiError::invalid_value(format!("Address {ip} is in subnet's reserved address range")));
+        }
+        if !used.insert(ip) {
+            return Err(ApiError::new("InvalidIPAddress.InUse", format!("Address {ip} is in use.")));
+        }
     }
     let usable = size(subnet).saturating_sub(RESERVED);
     let start = u32::from_le_bytes(tx.random());
     let candidates = (0..usable).filter_map(|step| start.wrapping_add(step).checked_rem(usable));
-    let mut addresses = candidates.map(|offset| Ipv4Addr::from(first.wrapping_add(RESERVED_FIRST).wrapping_add(offset)));
-    addresses.find(|ip| !used.contains(ip)).ok_or_else(|| {
-        let message =
-            format!("There are not enough free addresses in subnet '{}' to satisfy the requested number of instances.", subnet.id);
-        ApiError::new("InsufficientFreeAddressesInSubnet", message)
-    })
+    let mut free =
+        candidates.map(|offset| Ipv4Addr::from(first.wrapping_add(RESERVED_FIRST).wrapping_add(offset))).filter(|ip| !used.contains(ip));
+    let mut any = || {
+        free.next().ok_or_else(|| {
+            let message =
+                format!("There are not enough free addresses in subnet '{}' to satisfy the requested number of instances.", subnet.id);
+            ApiError::new("InsufficientFreeAddressesInSubnet", message)
+        })
+    };
+    wanted.iter().map(|ip| ip.map_or_else(&mut any, Ok)).collect()
 }
 
 #[cfg(test)]
@@ -405,7 +411,8 @@ mod tests {
             for _ in 0..10 {
                 let new = network_interface::NewInterface {
                     subnet: &subnet,
-                    private_ip: None,
+                    addresses: Default::default(),
+                    connection_tracking: Default::default(),
                     security_group_ids: Vec::new(),
                     description: String::new(),
                     attachment: None,
@@ -428,7 +435,7 @@ mod tests {
         let ask = |ip: Ipv4Addr| {
             fixture.call(ALICE, |call| {
                 let subnet = call.get::<Subnet>(&id).unwrap();
-                free_address(&mut call.tx, &subnet, Some(ip))
+                free_addresses(&mut call.tx, &subnet, &[Some(ip)]).map(|ips| ips[0])
             })
         };
         for last in [0, 1, 2, 3, 255] {

@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use super::filter::{Filters, Page};
 use super::id::{self, Noun};
+use super::vpc_peering_connection;
 use crate::error::ApiError;
 use crate::model::{
-    Address, DhcpOptions, Image, Instance, InternetGateway, KeyPair, NetworkAcl, NetworkInterface, RouteTable, SecurityGroup, Subnet, Tags,
-    Volume, Vpc,
+    Address, DhcpOptions, Image, Instance, InternetGateway, KeyPair, NatGateway, NetworkAcl, NetworkInterface, PrefixList, RouteTable,
+    SecurityGroup, Subnet, Tags, Volume, Vpc,
 };
 use crate::shapes::{CreateTagsRequest, DeleteTagsRequest, DescribeTagsRequest, DescribeTagsResult, Tag, TagDescription, TagSpecification};
 use crate::world::{Call, Tx};
@@ -267,8 +268,12 @@ fn exists(call: &Call<'_>, noun: &Noun, id: &str) -> bool {
         "key-pair" => call.get::<KeyPair>(id).is_some(),
         "instance" => call.get::<Instance>(id).is_some(),
         "volume" => call.get::<Volume>(id).is_some(),
+        "prefix-list" => call.get::<PrefixList>(id).is_some(),
         // An image that is public may be tagged by everybody; each account sees its own tags.
         "image" => call.tx.all::<Image>().any(|image| image.id == id && (image.public || image.account_id == call.account())),
+        "natgateway" => call.get::<NatGateway>(id).is_some(),
+        // Each side of a connection has tags of its own.
+        "vpc-peering-connection" => vpc_peering_connection::row(call, id).is_ok(),
         _ => false,
     }
 }

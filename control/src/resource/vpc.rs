@@ -11,7 +11,7 @@ use ipnet::Ipv4Net;
 
 use super::filter::{Filters, Page};
 use super::id::{self, VPC, unsupported};
-use super::{dhcp_options, internet_gateway, network_acl, route_table, security_group, subnet, tag};
+use super::{dhcp_options, internet_gateway, network_acl, route_table, security_group, subnet, tag, vpc_peering_connection};
 use crate::error::ApiError;
 use crate::model::{InternetGateway, NetworkAcl, NetworkInterface, Route, RouteTable, RouteTarget, SecurityGroup, Subnet, Time, Vni, Vpc};
 use crate::shapes::{
@@ -137,6 +137,7 @@ pub fn delete_vpc(call: &mut Call<'_>, request: DeleteVpcRequest) -> Result<(), 
         || !call.find::<NetworkInterface>("vpc", &id).is_empty()
         || tables.iter().any(|table| !route_table::is_main(table))
         || acls.iter().any(|acl| !acl.is_default)
+        || !vpc_peering_connection::active(&call.tx, &id).is_empty()
         || groups.iter().any(|group| group.name != security_group::DEFAULT);
     if used {
         return Err(ApiError::dependency(format!("The vpc '{id}' has dependencies and cannot be deleted.")));
@@ -153,6 +154,7 @@ pub fn delete_vpc(call: &mut Call<'_>, request: DeleteVpcRequest) -> Result<(), 
     for group in groups {
         security_group::remove(&mut call.tx, &group);
     }
+    vpc_peering_connection::withdraw(&mut call.tx, &id, call.now, account);
     tag::remove(&mut call.tx, account, &id);
     call.tx.delete::<Vpc>(account, &id);
     Ok(())

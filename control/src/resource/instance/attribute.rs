@@ -98,6 +98,7 @@ pub fn modify_instance_attribute(call: &mut Call<'_>, request: ModifyInstanceAtt
         let kind = instance_type::find(&name)
             .ok_or_else(|| ApiError::new("InvalidInstanceAttributeValue", format!("The instance type '{name}' does not exist")))?;
         instance_type::check_architecture(kind, &instance.architecture)?;
+        network_interface::check_fit(&call.tx, &instance, kind)?;
         call.tx.update::<Instance>(&account, &id, |row| row.instance_type = name);
     } else if let Some(data) = request.user_data {
         need_stopped(&instance)?;

@@ -8,6 +8,7 @@
 mod disks;
 mod network;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use disks::{Disk, disks};
@@ -23,7 +24,7 @@ use crate::model::{
 };
 use crate::placement::{Demand, Room};
 use crate::resource::client_token::{self, Checked};
-use crate::resource::id::{IMAGE, INSTANCE, NETWORK_INTERFACE, VOLUME, unsupported};
+use crate::resource::id::{IMAGE, INSTANCE, NETWORK_INTERFACE, NETWORK_INTERFACE_ATTACHMENT, VOLUME, unsupported};
 use crate::resource::instance_type::{self, InstanceType};
 use crate::resource::network_interface::{self, NewInterface};
 use crate::resource::tag::{self, Specified};
@@ -84,7 +85,8 @@ struct Plan {
     key: Option<Arc<KeyPair>>,
     /// Where it may go; the zone with the most room is taken.
     subnets: Vec<Arc<Subnet>>,
-    interface: Interface,
+    /// The primary one first.
+    interfaces: Vec<Interface>,
     disks: Vec<Disk>,
     user_data: Vec<u8>,
     metadata_options: MetadataOptions,
@@ -120,7 +122,7 @@ impl Plan {
                 Some(found.ok_or_else(|| ApiError::new("InvalidKeyPair.NotFound", format!("The key pair '{name}' does not exist")))?)
             }
         };
-        let (subnets, interface) = network(call, &mut request, most)?;
+        let (subnets, interfaces) = network(call, &mut request, kind, most)?;
         let credits = request.credit_specification.and_then(|credits| credits.cpu_credits);
         if let Some(word) = &credits {
             check_credits(kind, word)?;
@@ -132,7 +134,7 @@ impl Plan {
             demand: Demand { vcpus: kind.vcpus, memory_mib: kind.memory_mib },
             key,
             subnets,
-            interface,
+            interfaces,
             disks: disks(&image, std::mem::take(&mut request.block_device_mappings))?,
             image,
             user_data: request.user_data.as_deref().map(decode_user_data).transpose()?.unwrap_or_default(),
@@ -180,14 +182,14 @@ impl Plan {
     /// Claims for as many instances as fit, `MinCount` at least.
     fn claims(&self, call: &Call<'_>, mut room: Room, subnet: &Subnet) -> Result<Vec<Claim>, ApiError> {
         let mut most = self.most;
-        if self.interface.existing.is_none() {
-            let addresses = u64::from(subnet::available(&call.tx, subnet));
-            if addresses < self.least {
+        for (subnet, each) in self.addresses(subnet) {
+            let instances = u64::from(subnet::available(&call.tx, subnet)).checked_div(each).unwrap_or(u64::MAX);
+            if instances < self.least {
                 let message =
                     format!("There are not enough free addresses in subnet '{}' to satisfy the requested number of instances.", subnet.id);
                 return Err(ApiError::new("InsufficientFreeAddressesInSubnet", message));
             }
-            most = most.min(addresses);
+            most = most.min(instances);
         }
         let mut claims = Vec::new();
         let reached = |claims: &Vec<Claim>| u64::try_from(claims.len()).unwrap_or(u64::MAX);
@@ -201,6 +203,17 @@ impl Plan {
             room = trial;
         }
         Ok(claims)
+    }
+
+    /// How many addresses each instance takes from which subnet.
+    fn addresses<'a>(&'a self, launch: &'a Subnet) -> Vec<(&'a Subnet, u64)> {
+        let mut all = BTreeMap::<&str, (&Subnet, u64)>::new();
+        for interface in self.interfaces.iter().filter(|interface| interface.existing.is_none()) {
+            let subnet = interface.subnet.as_deref().unwrap_or(launch);
+            let (_, each) = all.entry(&subnet.id).or_insert((subnet, 0));
+            *each = each.saturating_add(u64::try_from(interface.addresses.count()).unwrap_or(u64::MAX));
+        }
+        all.into_values().collect()
     }
 
     fn claim(&self, room: &mut Room, zone: &str) -> Result<Claim, ApiError> {
@@ -249,7 +262,9 @@ impl Plan {
             halted: false,
         });
         tag::set(&mut call.tx, &account, &INSTANCE, &id, self.tags.tags(&INSTANCE));
-        self.insert_interface(call, &account, &id, subnet)?;
+        for interface in &self.interfaces {
+            self.insert_interface(call, &account, &id, interface, interface.subnet.as_deref().unwrap_or(subnet))?;
+        }
         for (disk, card_id) in self.disks.iter().zip(claim.shelves) {
             let attachment = VolumeAttachment {
                 instance_id: id.clone(),
@@ -281,14 +296,21 @@ impl Plan {
         Ok(())
     }
 
-    fn insert_interface(&self, call: &mut Call<'_>, account: &str, instance_id: &str, subnet: &Subnet) -> Result<(), ApiError> {
-        let plan = &self.interface;
+    fn insert_interface(
+        &self,
+        call: &mut Call<'_>,
+        account: &str,
+        instance_id: &str,
+        plan: &Interface,
+        subnet: &Subnet,
+    ) -> Result<(), ApiError> {
         let attachment = NetworkInterfaceAttachment {
-            id: call.tx.new_id("eni-attach"),
+            id: call.tx.new_id(NETWORK_INTERFACE_ATTACHMENT.prefix),
             instance_id: instance_id.to_owned(),
-            device_index: 0,
+            device_index: plan.device_index,
             attach_time: call.now,
             delete_on_termination: plan.delete_on_termination,
+            state: AttachmentState::Attaching,
         };
         if let Some(existing) = &plan.existing {
             call.tx.update::<NetworkInterface>(account, &existing.id, |row| row.attachment = Some(attachment));
@@ -297,11 +319,12 @@ impl Plan {
         let associate_public_ip = plan.public_ip.unwrap_or(subnet.map_public_ip_on_launch);
         let new = NewInterface {
             subnet,
-            private_ip: plan.private_ip,
+            addresses: plan.addresses.clone(),
             security_group_ids: plan.groups.clone(),
             description: plan.description.clone(),
             attachment: Some(attachment),
             associate_public_ip,
+            connection_tracking: plan.connection_tracking,
         };
         let interface = network_interface::insert(&mut call.tx, call.now, new)?;
         if associate_public_ip {

@@ -17,7 +17,7 @@ use super::launch::no_capacity;
 use super::{interfaces, state_shape, volumes};
 use crate::error::ApiError;
 use crate::event::{self, INSTANCE_RUNNING, INSTANCE_STOPPED, INSTANCE_TERMINATED};
-use crate::model::{AttachmentState, Instance, InstanceState, NetworkInterface, StateReason, Time, Volume};
+use crate::model::{AttachmentState, Instance, InstanceState, StateReason, Time, Volume};
 use crate::placement::{Demand, Room};
 use crate::resource::id::{INSTANCE, unsupported};
 use crate::resource::instance_type;
@@ -65,10 +65,11 @@ fn start(call: &mut Call<'_>, room: &mut Room, instance: &Instance) -> Result<()
         row.placement = Some(placement);
         row.halted = false;
     });
-    for interface in interfaces(&call.tx, &instance.account_id, &instance.id) {
-        if interface.associate_public_ip {
-            address::auto_take(&mut call.tx, call.region, &instance.account_id, &interface.id)?;
-        }
+    // With several interfaces there is no public address besides Elastic IPs.
+    if let [interface] = interfaces(&call.tx, &instance.account_id, &instance.id).as_slice()
+        && interface.associate_public_ip
+    {
+        address::auto_take(&mut call.tx, call.region, &instance.account_id, &interface.id)?;
     }
     Ok(())
 }
@@ -231,7 +232,13 @@ pub(crate) fn fail(tx: &mut Tx<'_>, now: Time, instance: &Instance) {
 pub(crate) fn stopped(tx: &mut Tx<'_>, now: Time, instance: &Instance) {
     let (account, id) = (instance.account_id.as_str(), instance.id.as_str());
     for interface in interfaces(tx, account, id) {
-        address::auto_free(tx, account, &interface.id);
+        match interface.attachment.as_ref().map(|attachment| attachment.state) {
+            Some(AttachmentState::Detaching) => network_interface::release(tx, account, &interface.id),
+            _ => {
+                address::auto_free(tx, account, &interface.id);
+                network_interface::attached(tx, account, &interface.id);
+            }
+        }
     }
     for disk in volumes(tx, account, id) {
         tx.update::<Volume>(account, &disk.id, |row| match &mut row.attachment {
@@ -254,8 +261,7 @@ pub(crate) fn terminated(tx: &mut Tx<'_>, now: Time, instance: &Instance) {
         if interface.attachment.as_ref().is_some_and(|attachment| attachment.delete_on_termination) {
             network_interface::remove(tx, account, &interface.id);
         } else {
-            address::auto_free(tx, account, &interface.id);
-            tx.update::<NetworkInterface>(account, &interface.id, |row| row.attachment = None);
+            network_interface::release(tx, account, &interface.id);
         }
     }
     for disk in volumes(tx, account, id) {

@@ -5,13 +5,15 @@ use super::*;
 use crate::model::{InstanceState, KeyPair, SecurityGroup, Subnet};
 use crate::reconcile::testbed::{ALICE, BOB, CARD_A, CARD_A2, Testbed, request};
 use crate::resource::image::operator_image_id;
+use crate::resource::network_interface::create_network_interface;
 use crate::resource::vpc;
 use crate::shapes::{
-    AttributeBooleanValue, AttributeValue, BlobAttributeValue, BlockDeviceMapping, CreditSpecificationRequest,
-    DescribeInstanceAttributeRequest, DescribeInstanceStatusRequest, EbsBlockDevice, EbsInstanceBlockDeviceSpecification, Filter,
-    InstanceBlockDeviceMappingSpecification, InstanceMetadataOptionsRequest, InstanceNetworkInterfaceSpecification,
-    ModifyInstanceAttributeRequest, ModifyInstanceMetadataOptionsRequest, Placement, RebootInstancesRequest, RunInstancesRequest,
-    StartInstancesRequest, StopInstancesRequest, Tag, TagSpecification, TerminateInstancesRequest,
+    AttributeBooleanValue, AttributeValue, BlobAttributeValue, BlockDeviceMapping, ConnectionTrackingSpecificationRequest,
+    CreateNetworkInterfaceRequest, CreditSpecificationRequest, DescribeInstanceAttributeRequest, DescribeInstanceStatusRequest,
+    EbsBlockDevice, EbsInstanceBlockDeviceSpecification, Filter, InstanceBlockDeviceMappingSpecification, InstanceMetadataOptionsRequest,
+    InstanceNetworkInterfaceSpecification, ModifyInstanceAttributeRequest, ModifyInstanceMetadataOptionsRequest, Placement,
+    RebootInstancesRequest, RunInstancesRequest, StartInstancesRequest, StopInstancesRequest, Tag, TagSpecification,
+    TerminateInstancesRequest,
 };
 
 fn refused(bed: &Testbed, change: impl FnOnce(&mut RunInstancesRequest)) -> String {
@@ -107,7 +109,7 @@ fn bad_launches_are_refused_with_ec2s_code_and_leave_nothing() {
         ("InvalidParameterValue", Box::new(|r| r.client_token = Some("x".repeat(65)))),
         ("UnsupportedOperation", Box::new(|r| r.kernel_id = Some("aki-1".into()))),
         ("UnsupportedOperation", Box::new(|r| r.ipv6_address_count = Some(1))),
-        ("UnsupportedOperation", Box::new(|r| r.network_interfaces = vec![Default::default(), Default::default()])),
+        ("MissingParameter", Box::new(|r| r.network_interfaces = vec![Default::default(), Default::default()])),
         ("UnsupportedOperation", Box::new(|r| r.placement = Some(Placement { tenancy: Some("host".into()), ..Default::default() }))),
         (
             "InvalidParameterCombination",
@@ -445,4 +447,76 @@ fn the_status_follows_the_card() {
     bed.call(ALICE, |call| stop_instances(call, StopInstancesRequest { instance_ids: vec![id], ..Default::default() })).unwrap();
     assert_eq!(status(&bed, false), []);
     assert_eq!(status(&bed, true), [("not-applicable".into(), "not-applicable".into())]);
+}
+
+fn interface(index: i32) -> InstanceNetworkInterfaceSpecification {
+    InstanceNetworkInterfaceSpecification { device_index: Some(index), ..Default::default() }
+}
+
+fn own_interface(bed: &Testbed, zone: &str) -> String {
+    let subnet_id = bed.read(|tx| tx.list::<Subnet>(ALICE).find(|subnet| subnet.zone == zone).unwrap().id.clone());
+    let request = CreateNetworkInterfaceRequest { subnet_id: Some(subnet_id), ..Default::default() };
+    let made = bed.call(ALICE, |call| create_network_interface(call, request)).unwrap();
+    made.network_interface.unwrap().network_interface_id.unwrap()
+}
+
+#[test]
+fn a_launch_makes_several_interfaces_and_takes_existing_ones() {
+    let mut bed = Testbed::new();
+    let own = own_interface(&bed, "us-east-1a");
+    let second = InstanceNetworkInterfaceSpecification { network_interface_id: Some(own.clone()), ..interface(1) };
+    let first = InstanceNetworkInterfaceSpecification {
+        subnet_id: Some(subnet(&bed, ALICE)),
+        secondary_private_ip_address_count: Some(1),
+        ..interface(0)
+    };
+    let launch = RunInstancesRequest { network_interfaces: vec![second, first], ..request("us-east-1a") };
+    let launched = bed.launch(launch).remove(0);
+    let status = |shape: &crate::shapes::Instance| -> Vec<Option<String>> {
+        shape.network_interfaces.iter().map(|interface| interface.attachment.as_ref().unwrap().status.clone()).collect()
+    };
+    assert_eq!(status(&launched), [Some("attaching".to_owned()), Some("attaching".to_owned())]);
+    assert_eq!(launched.public_ip_address, None, "several interfaces get no public address by themselves");
+    let id = launched.instance_id.unwrap();
+    bed.settle();
+    let shape = bed.shape(&id);
+    assert_eq!(status(&shape), [Some("attached".to_owned()), Some("attached".to_owned())]);
+    assert_eq!(shape.network_interfaces[0].private_ip_addresses.len(), 2);
+    assert_eq!(shape.network_interfaces[1].network_interface_id.as_ref(), Some(&own));
+    let terminate = TerminateInstancesRequest { instance_ids: vec![id], ..Default::default() };
+    bed.call(ALICE, |call| terminate_instances(call, terminate)).unwrap();
+    bed.settle();
+    let left: Vec<_> = bed.read(|tx| tx.list::<NetworkInterface>(ALICE).map(|row| (row.id.clone(), row.attachment.is_none())).collect());
+    assert_eq!(left, [(own, true)], "what the tenant made stays");
+}
+
+#[test]
+fn interfaces_that_no_launch_can_have_are_refused() {
+    let bed = Testbed::new();
+    let (own, far) = (own_interface(&bed, "us-east-1a"), own_interface(&bed, "us-east-1b"));
+    let public = InstanceNetworkInterfaceSpecification { associate_public_ip_address: Some(true), ..interface(0) };
+    let existing = |id: &str, index| InstanceNetworkInterfaceSpecification { network_interface_id: Some(id.into()), ..interface(index) };
+    let crowded = InstanceNetworkInterfaceSpecification { secondary_private_ip_address_count: Some(2), ..interface(0) };
+    let slow = InstanceNetworkInterfaceSpecification {
+        connection_tracking_specification: Some(ConnectionTrackingSpecificationRequest { udp_timeout: Some(61), ..Default::default() }),
+        ..interface(0)
+    };
+    for (interfaces, code) in [
+        (vec![interface(1)], "InvalidParameterValue"),
+        (vec![interface(0), interface(0)], "InvalidParameterValue"),
+        (vec![interface(1), interface(2)], "InvalidParameterValue"),
+        (vec![interface(0), interface(1), interface(2)], "AttachmentLimitExceeded"),
+        (vec![public, interface(1)], "InvalidParameterCombination"),
+        (vec![existing(&own, 0), existing(&own, 1)], "InvalidNetworkInterface.InUse"),
+        (vec![interface(0), existing(&far, 1)], "InvalidParameterCombination"),
+        (vec![crowded], "PrivateIpAddressLimitExceeded"),
+        (vec![slow], "InvalidParameterValue"),
+    ] {
+        let launch = RunInstancesRequest { network_interfaces: interfaces, ..request("us-east-1a") };
+        assert_eq!(bed.code(ALICE, |call| run_instances(call, launch)), code);
+    }
+    let several = RunInstancesRequest { max_count: Some(2), network_interfaces: vec![existing(&own, 0)], ..request("us-east-1a") };
+    assert_eq!(bed.code(ALICE, |call| run_instances(call, several)), "InvalidParameterCombination");
+    let theirs = RunInstancesRequest { network_interfaces: vec![existing(&own, 0)], ..request("us-east-1a") };
+    assert_eq!(bed.code(BOB, |call| run_instances(call, theirs)), "InvalidNetworkInterfaceID.NotFound");
 }

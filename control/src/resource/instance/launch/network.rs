@@ -1,39 +1,51 @@
-//! Where a launch goes: zone, subnet, and the primary interface of each instance.
+//! Where a launch goes: zone, subnet, and the interfaces of each instance.
 
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::error::ApiError;
-use crate::model::{NetworkInterface, SecurityGroup, Subnet};
-use crate::resource::id::{NETWORK_INTERFACE, SUBNET, unsupported};
-use crate::resource::{network_interface, vpc};
+use crate::model::{ConnectionTracking, NetworkInterface, SecurityGroup, Subnet};
+use crate::resource::id::{SUBNET, unsupported};
+use crate::resource::instance_type::InstanceType;
+use crate::resource::network_interface::{self, Wanted};
+use crate::resource::vpc;
 use crate::shapes::{self, InstanceNetworkInterfaceSpecification, RunInstancesRequest};
 use crate::world::Call;
 
-/// The primary interface of each instance.
+/// One interface of each instance.
 pub(super) struct Interface {
+    pub(super) device_index: u32,
+    /// Where it is; none: where the launch goes.
+    pub(super) subnet: Option<Arc<Subnet>>,
     /// One that the tenant made before.
     pub(super) existing: Option<Arc<NetworkInterface>>,
     pub(super) groups: Vec<String>,
-    pub(super) private_ip: Option<Ipv4Addr>,
+    pub(super) addresses: Wanted,
+    pub(super) connection_tracking: ConnectionTracking,
     pub(super) description: String,
     /// None: as the subnet says.
     pub(super) public_ip: Option<bool>,
     pub(super) delete_on_termination: bool,
 }
 
-/// Reads where the instances go and what their interface is like: the parameters of the instance, or of its only interface.
-pub(super) fn network(call: &Call<'_>, request: &mut RunInstancesRequest, most: u64) -> Result<(Vec<Arc<Subnet>>, Interface), ApiError> {
+/// Reads where the instances go and what their interfaces are like: the parameters of the instance, or of its interfaces. The primary
+/// one stands first.
+pub(super) fn network(
+    call: &Call<'_>,
+    request: &mut RunInstancesRequest,
+    kind: &InstanceType,
+    most: u64,
+) -> Result<(Vec<Arc<Subnet>>, Vec<Interface>), ApiError> {
     let zone = zone(call, request.placement.as_ref())?;
-    let mut specifications = std::mem::take(&mut request.network_interfaces);
-    let specification = match (specifications.pop(), specifications.is_empty()) {
-        (specification, true) => specification,
-        (_, false) => {
-            unsupported(&[("NetworkInterface.2", true)])?;
-            None
-        }
-    };
-    if specification.is_some() {
+    let mut asked = std::mem::take(&mut request.network_interfaces);
+    if asked.is_empty() {
+        asked.push(InstanceNetworkInterfaceSpecification {
+            groups: std::mem::take(&mut request.security_group_ids),
+            subnet_id: request.subnet_id.take(),
+            private_ip_address: request.private_ip_address.take(),
+            ..Default::default()
+        });
+    } else {
         for (given, what) in [
             (request.subnet_id.is_some(), "subnet ID"),
             (!request.security_group_ids.is_empty() || !request.security_groups.is_empty(), "security groups"),
@@ -46,49 +58,132 @@ pub(super) fn network(call: &Call<'_>, request: &mut RunInstancesRequest, most: 
             }
         }
     }
-    let asked = specification.unwrap_or_else(|| InstanceNetworkInterfaceSpecification {
-        groups: std::mem::take(&mut request.security_group_ids),
-        subnet_id: request.subnet_id.take(),
-        private_ip_address: request.private_ip_address.take(),
-        ..Default::default()
-    });
-    refuse_unsupported_interface(&asked)?;
-    if let Some(id) = &asked.network_interface_id {
-        return existing(call, id, &asked, zone.as_deref(), most);
+    network_interface::check_count(kind, asked.len())?;
+    let mut asked = asked.into_iter().map(|asked| refuse_unsupported_interface(&asked).map(|()| asked)).collect::<Result<Vec<_>, _>>()?;
+    let several = 1 < asked.len();
+    if let [only] = asked.as_mut_slice() {
+        only.device_index.get_or_insert(0);
     }
-    let subnets = subnets(call, asked.subnet_id.as_deref(), zone.as_deref())?;
+    if several && asked.iter().any(|asked| asked.associate_public_ip_address == Some(true)) {
+        let message = "The associatePublicIPAddress parameter cannot be specified when launching with multiple network interfaces.";
+        return Err(ApiError::invalid_combination(message));
+    }
+    let mut by_index = BTreeMap::new();
+    for asked in asked {
+        let index = network_interface::read_index(asked.device_index)?;
+        if by_index.insert(index, asked).is_some() {
+            let message = format!("Each network interface requires a unique device index; {index} is given twice.");
+            return Err(ApiError::invalid_value(message));
+        }
+    }
+    let Some(primary) = by_index.remove(&0) else {
+        return Err(ApiError::invalid_value("When specifying network interfaces, you must include a device at index 0."));
+    };
+    let (mut subnets, primary) = self::primary(call, primary, request, kind, zone.as_deref(), most)?;
+    let Some(vpc_id) = subnets.first().map(|subnet| subnet.vpc_id.clone()) else {
+        return Err(ApiError::new("MissingInput", "No subnets found for the default VPC. Please specify a subnet."));
+    };
+    let mut interfaces = vec![primary];
+    for (index, asked) in by_index {
+        interfaces.push(further(call, index, asked, &vpc_id, kind, most)?);
+    }
+    let mut existing = BTreeSet::new();
+    for id in interfaces.iter().filter_map(|interface| interface.existing.as_ref()).map(|interface| &interface.id) {
+        if !existing.insert(id) {
+            return Err(network_interface::in_use(id));
+        }
+    }
+    for interface in &mut interfaces {
+        if several {
+            interface.public_ip = Some(false);
+        }
+        if let Some(elsewhere) = &interface.subnet {
+            subnets.retain(|subnet| subnet.zone == elsewhere.zone);
+        }
+    }
+    if subnets.is_empty() {
+        let message = "The network interfaces of an instance must be in the same availability zone";
+        return Err(ApiError::invalid_combination(message));
+    }
+    Ok((subnets, interfaces))
+}
+
+/// The interface with the device index 0, and the subnets that it may be in.
+fn primary(
+    call: &Call<'_>,
+    asked: InstanceNetworkInterfaceSpecification,
+    request: &RunInstancesRequest,
+    kind: &InstanceType,
+    zone: Option<&str>,
+    most: u64,
+) -> Result<(Vec<Arc<Subnet>>, Interface), ApiError> {
+    if let Some(id) = &asked.network_interface_id {
+        let interface = existing(call, 0, id, &asked, kind, most)?;
+        let subnet_id = interface.existing.as_ref().map(|interface| interface.subnet_id.as_str());
+        return Ok((subnets(call, subnet_id, zone)?, interface));
+    }
+    let subnets = subnets(call, asked.subnet_id.as_deref(), zone)?;
     let Some(vpc_id) = subnets.first().map(|subnet| subnet.vpc_id.clone()) else {
         return Err(ApiError::new("MissingInput", "No subnets found for the default VPC. Please specify a subnet."));
     };
     let groups = groups(call, &vpc_id, asked.subnet_id.as_deref(), &asked.groups, &request.security_groups)?;
-    let private_ip = match &asked.private_ip_address {
-        None => None,
-        Some(_) if 1 < most => {
-            return Err(ApiError::invalid_combination("The parameter privateIpAddress cannot be used with more than one instance"));
-        }
-        Some(text) => Some(text.parse().map_err(|_| ApiError::invalid_value(format!("Invalid IPv4 address '{text}'")))?),
-    };
-    if private_ip.is_some() && 1 < subnets.len() {
+    let interface = new(0, asked, None, groups, kind, most)?;
+    if interface.addresses.names_any() && 1 < subnets.len() {
         return Err(ApiError::invalid_combination("The parameter privateIpAddress needs a subnet"));
     }
-    let interface = Interface {
-        existing: None,
-        groups,
-        private_ip,
-        description: asked.description.unwrap_or_default(),
-        public_ip: asked.associate_public_ip_address,
-        delete_on_termination: asked.delete_on_termination.unwrap_or(true),
-    };
     Ok((subnets, interface))
 }
 
-fn refuse_unsupported_interface(asked: &InstanceNetworkInterfaceSpecification) -> Result<(), ApiError> {
-    if asked.device_index.is_some_and(|index| index != 0) {
-        return Err(ApiError::invalid_value("The network interface of an instance with one interface must have the device index 0"));
+/// An interface with another device index.
+fn further(
+    call: &Call<'_>,
+    index: u32,
+    asked: InstanceNetworkInterfaceSpecification,
+    vpc_id: &str,
+    kind: &InstanceType,
+    most: u64,
+) -> Result<Interface, ApiError> {
+    if let Some(id) = &asked.network_interface_id {
+        return existing(call, index, id, &asked, kind, most);
     }
+    let subnet = asked.subnet_id.as_deref().map(|id| SUBNET.row::<Subnet>(call, id)).transpose()?;
+    let vpc_id = subnet.as_ref().map_or(vpc_id, |subnet| subnet.vpc_id.as_str()).to_owned();
+    let groups = groups(call, &vpc_id, asked.subnet_id.as_deref(), &asked.groups, &[])?;
+    new(index, asked, subnet, groups, kind, most)
+}
+
+/// An interface that the launch makes.
+fn new(
+    device_index: u32,
+    asked: InstanceNetworkInterfaceSpecification,
+    subnet: Option<Arc<Subnet>>,
+    groups: Vec<String>,
+    kind: &InstanceType,
+    most: u64,
+) -> Result<Interface, ApiError> {
+    let list = asked.private_ip_addresses;
+    let addresses = Wanted::new(asked.private_ip_address.as_deref(), list, asked.secondary_private_ip_address_count)?;
+    if addresses.names_any() && 1 < most {
+        return Err(ApiError::invalid_combination("The parameter privateIpAddress cannot be used with more than one instance"));
+    }
+    network_interface::check_addresses(Some(kind), addresses.count())?;
+    let times = asked.connection_tracking_specification.unwrap_or_default();
+    Ok(Interface {
+        device_index,
+        subnet,
+        existing: None,
+        groups,
+        addresses,
+        connection_tracking: network_interface::track(ConnectionTracking::default(), &times)?,
+        description: network_interface::read_description(asked.description)?,
+        public_ip: asked.associate_public_ip_address,
+        delete_on_termination: asked.delete_on_termination.unwrap_or(true),
+    })
+}
+
+fn refuse_unsupported_interface(asked: &InstanceNetworkInterfaceSpecification) -> Result<(), ApiError> {
     unsupported(&[
         ("NetworkInterface.AssociateCarrierIpAddress", asked.associate_carrier_ip_address == Some(true)),
-        ("NetworkInterface.ConnectionTrackingSpecification", asked.connection_tracking_specification.is_some()),
         ("NetworkInterface.EnaQueueCount", asked.ena_queue_count.is_some()),
         ("NetworkInterface.EnaSrdSpecification", asked.ena_srd_specification.is_some()),
         ("NetworkInterface.InterfaceType", asked.interface_type.as_deref().is_some_and(|kind| kind != "interface")),
@@ -100,45 +195,50 @@ fn refuse_unsupported_interface(asked: &InstanceNetworkInterfaceSpecification) -
         ("NetworkInterface.Ipv6Prefix", !asked.ipv6_prefixes.is_empty()),
         ("NetworkInterface.NetworkCardIndex", asked.network_card_index.is_some_and(|index| index != 0)),
         ("NetworkInterface.PrimaryIpv6", asked.primary_ipv6 == Some(true)),
-        ("NetworkInterface.PrivateIpAddresses", !asked.private_ip_addresses.is_empty()),
-        ("NetworkInterface.SecondaryPrivateIpAddressCount", asked.secondary_private_ip_address_count.is_some_and(|count| count != 0)),
     ])
 }
 
-/// An interface that the tenant made before becomes the primary one.
+/// An interface that the tenant made before.
 fn existing(
     call: &Call<'_>,
+    device_index: u32,
     id: &str,
     asked: &InstanceNetworkInterfaceSpecification,
-    zone: Option<&str>,
+    kind: &InstanceType,
     most: u64,
-) -> Result<(Vec<Arc<Subnet>>, Interface), ApiError> {
+) -> Result<Interface, ApiError> {
     if 1 < most {
         return Err(ApiError::invalid_combination("A network interface may not be specified when launching more than one instance"));
     }
     let others = asked.subnet_id.is_some()
         || !asked.groups.is_empty()
         || asked.private_ip_address.is_some()
+        || !asked.private_ip_addresses.is_empty()
+        || asked.secondary_private_ip_address_count.is_some()
+        || asked.connection_tracking_specification.is_some()
         || asked.associate_public_ip_address.is_some();
     if others || asked.delete_on_termination == Some(true) {
         return Err(ApiError::invalid_combination(
             "A network interface ID may not be specified together with properties of a new interface",
         ));
     }
-    let interface = NETWORK_INTERFACE.row::<NetworkInterface>(call, id)?;
+    let interface = network_interface::own(call, id)?;
     if interface.attachment.is_some() {
-        return Err(ApiError::new("InvalidNetworkInterface.InUse", format!("Interface: [{id}] in use.")));
+        return Err(network_interface::in_use(id));
     }
-    let subnets = subnets(call, Some(&interface.subnet_id), zone)?;
-    let interface = Interface {
+    network_interface::check_addresses(Some(kind), interface.private_ips().count())?;
+    let subnet = call.get::<Subnet>(&interface.subnet_id);
+    Ok(Interface {
+        device_index,
+        subnet,
         existing: Some(interface),
         groups: Vec::new(),
-        private_ip: None,
+        addresses: Wanted::default(),
+        connection_tracking: ConnectionTracking::default(),
         description: String::new(),
         public_ip: Some(false),
         delete_on_termination: false,
-    };
-    Ok((subnets, interface))
+    })
 }
 
 fn zone(call: &Call<'_>, placement: Option<&shapes::Placement>) -> Result<Option<String>, ApiError> {
