@@ -23,8 +23,9 @@ use crate::nvme::{
     self, BLOCK, ConnectData, DISCOVERY_NQN, DiscoveryEntry, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus, Sqe, opcode,
 };
 use crate::qos::{Cost, Qos};
+use crate::ram::Ram;
 use crate::store::{self, VolumeFiles};
-use crate::target::{Shared, VolumeSpec, VolumeStatus};
+use crate::target::{Access, Shared, VolumeSpec, VolumeStatus};
 use crate::volume::{CloneFiles, Completion, Request, Volume, VolumeError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use std::collections::{HashMap, VecDeque};
@@ -47,6 +48,11 @@ const SCAN: Duration = Duration::from_millis(500);
 const SCRATCH: usize = 256 * 1024;
 /// Events taken in one turn.
 const MAX_EVENTS: usize = 64;
+
+/// How long a stop waits for the disk.
+const LAST_FLUSH: Duration = Duration::from_secs(60);
+/// The tag of a request that nobody asked for.
+const NOBODY: u64 = u64::MAX;
 
 const WAKE: u64 = u64::MAX;
 const DEVICE: u64 = u64::MAX - 1;
@@ -81,7 +87,8 @@ impl Wake {
 #[derive(Debug)]
 pub(crate) struct Opened {
     pub spec: VolumeSpec,
-    pub files: VolumeFiles,
+    /// `None`: a volume in memory.
+    pub files: Option<VolumeFiles>,
     pub folder: PathBuf,
 }
 
@@ -116,7 +123,7 @@ pub(crate) enum Message {
 struct Served {
     spec: VolumeSpec,
     folder: PathBuf,
-    volume: Volume,
+    engine: Engine,
     qos: Qos,
     /// Requests that the limits hold back, in order.
     throttled: VecDeque<(u64, Request, Cost)>,
@@ -124,6 +131,50 @@ struct Served {
     failure_marked: bool,
     /// Waits for the requests of controllers that were cut.
     drains: Vec<Drain>,
+}
+
+/// Where a volume's blocks are.
+enum Engine {
+    File(Box<Volume>),
+    Ram(Ram),
+}
+
+impl Engine {
+    fn size(&self) -> u64 {
+        match self {
+            Self::File(volume) => volume.size(),
+            Self::Ram(ram) => ram.size(),
+        }
+    }
+
+    fn grow(&mut self, size: u64) {
+        match self {
+            Self::File(volume) => volume.grow(size),
+            Self::Ram(ram) => ram.grow(size),
+        }
+    }
+
+    fn has_failed(&self) -> bool {
+        matches!(self, Self::File(volume) if volume.has_failed())
+    }
+
+    fn is_idle(&self) -> bool {
+        match self {
+            Self::File(volume) => volume.is_idle(),
+            Self::Ram(_) => true,
+        }
+    }
+
+    /// Starts a request; what has ended by then is appended to `ended`.
+    fn submit(&mut self, device: &mut dyn FileDevice, tag: u64, request: Request, ended: &mut Vec<Completion>) {
+        match self {
+            Self::File(volume) => {
+                volume.submit(device, tag, request);
+                ended.extend(volume.finished());
+            }
+            Self::Ram(ram) => ended.push(ram.execute(tag, request)),
+        }
+    }
 }
 
 enum Drain {
@@ -236,6 +287,28 @@ impl Shard {
             self.scan();
             self.work();
         }
+        self.finish_all();
+    }
+
+    /// The last turn: ends what was taken in and makes every volume durable, so that a stop is no crash.
+    fn finish_all(&mut self) {
+        for (_, served) in &mut self.volumes {
+            if !served.engine.has_failed() {
+                served.engine.submit(&mut *self.device, NOBODY, Request::Flush, &mut self.ended);
+            }
+        }
+        let deadline = self.start.elapsed() + LAST_FLUSH;
+        loop {
+            self.work();
+            if self.volumes.iter().all(|(_, served)| served.engine.is_idle()) {
+                return;
+            }
+            if self.start.elapsed() > deadline {
+                tracing::error!("stopping with requests under way: the disk does not answer");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// How long the next turn may sleep.
@@ -284,9 +357,10 @@ impl Shard {
             for one in finished.drain(..) {
                 let volume = usize::try_from(one.token >> 32).unwrap_or(usize::MAX);
                 if let Some(served) = self.volumes.get_mut(volume) {
-                    served.volume.complete(&mut *self.device, one);
-                    self.ended.extend(served.volume.finished());
-                    if served.volume.has_failed() && !served.failure_marked {
+                    let Engine::File(engine) = &mut served.engine else { continue };
+                    engine.complete(&mut *self.device, one);
+                    self.ended.extend(engine.finished());
+                    if engine.has_failed() && !served.failure_marked {
                         served.failure_marked = true;
                         tracing::error!(volume = served.spec.id, "flush failed: the volume takes no more writes");
                         if let Err(error) = store::mark_failed(&served.folder) {
@@ -480,7 +554,7 @@ impl Shard {
             // Disconnect of an I/O queue: answered, then closed by the host.
             return self.answer(key, slot, NvmeStatus::SUCCESS, 0);
         }
-        match requests(&sqe, &mut command.buffer, command.len, served.volume.size()) {
+        match requests(&sqe, &mut command.buffer, command.len, served.engine.size()) {
             Err(status) => self.answer(key, slot, status.dnr(), 0),
             Ok(Work::Nothing) => self.answer(key, slot, NvmeStatus::SUCCESS, 0),
             Ok(Work::One(request, cost)) => {
@@ -508,8 +582,7 @@ impl Shard {
             self.throttled += 1;
             return;
         }
-        served.volume.submit(&mut *self.device, tag, request);
-        self.ended.extend(served.volume.finished());
+        served.engine.submit(&mut *self.device, tag, request, &mut self.ended);
     }
 
     fn release_throttled(&mut self) {
@@ -523,10 +596,9 @@ impl Shard {
                 }
                 if let Some((tag, request, _)) = served.throttled.pop_front() {
                     self.throttled -= 1;
-                    served.volume.submit(&mut *self.device, tag, request);
+                    served.engine.submit(&mut *self.device, tag, request, &mut self.ended);
                 }
             }
-            self.ended.extend(served.volume.finished());
         }
     }
 
@@ -552,7 +624,7 @@ impl Shard {
         controller.seen(self.now);
         let (shared, host) = (&self.shared, controller.host.nqn.clone());
         let facts = Facts {
-            volume: served.map(|served| (served.spec.id.as_str(), served.volume.size())),
+            volume: served.map(|served| (served.spec.id.as_str(), served.engine.size())),
             traffic: served.map(|served| served.traffic).unwrap_or_default(),
             discovery_log: &|| discovery_log(shared, reached, &host),
             now: self.now,
@@ -687,7 +759,7 @@ fn discovery_log(shared: &Shared, address: SocketAddr, host: &str) -> Vec<u8> {
     let entries: Vec<DiscoveryEntry> = shared
         .places()
         .iter()
-        .filter(|(_, place)| place.initiator_nqn.as_deref() == Some(host))
+        .filter(|(_, place)| place.spec.admits(host))
         .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address })
         .collect();
     nvme::discovery_log(shared.generation(), &entries)

@@ -33,7 +33,7 @@ impl Shard {
             let Some((volume, served)) = found else {
                 return self.refuse(key, slot, Refusal::data(ConnectData::SUBSYSTEM_AT));
             };
-            if served.spec.initiator_nqn.as_ref() != Some(&data.host_nqn) {
+            if !served.spec.admits(&data.host_nqn) {
                 tracing::warn!(volume = served.spec.id, host = data.host_nqn, "host refused");
                 count(&self.shared.counting.hosts_refused, 1);
                 return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_HOST));
@@ -53,8 +53,9 @@ impl Shard {
         if data.controller != 0xffff {
             return self.refuse(key, slot, Refusal::data(ConnectData::CONTROLLER_AT));
         }
-        if let Some(volume) = volume {
-            self.cut(volume, None);
+        let exclusive = |served: &Served| served.spec.access == Access::Exclusive;
+        if let Some(volume) = volume.filter(|volume| self.volumes.get(*volume).is_some_and(exclusive)) {
+            self.cut(volume, |_| false);
             if let Some(served) = self.volumes.get_mut(volume)
                 && has_zombies(&self.connections, volume)
             {

@@ -68,7 +68,7 @@ impl Rig {
 fn start(dir: &Path, port: u16, shards: usize) -> Target {
     let settings =
         TargetSettings { listen: SocketAddr::from(([127, 0, 0, 1], port)), dir: dir.join("storage"), images: dir.join("images") };
-    Target::start_sharded(settings, shards).unwrap()
+    Target::start_with(settings, &TargetOptions { shards, ..TargetOptions::default() }).unwrap()
 }
 
 fn spec(id: &str) -> VolumeSpec {
