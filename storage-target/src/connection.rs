@@ -16,7 +16,7 @@ use crate::nvme::{Cqe, NvmeStatus, Sgl, Sqe};
 use crate::pdu::{self, Data, Digests, Fatal, FatalStatus, Head, Header, MAX_H2C_DATA, Side};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 /// Data that one connection may hold in buffers, in bytes.
@@ -41,7 +41,11 @@ pub(crate) enum Received {
 enum State {
     Initial,
     Open,
-    Closing { until: Duration },
+    /// `said`: the last word is with the socket, and so is the end.
+    Closing {
+        until: Duration,
+        said: bool,
+    },
 }
 
 /// Which way a command's data goes, and how much of it there is.
@@ -417,6 +421,10 @@ impl Connection {
         if len == 0 || len > command.len - command.received {
             return Err(Fatal { fes: FatalStatus::DataRange, fei: 16 });
         }
+        // One R2T asks for all of a command's data, so the last PDU of both is the same.
+        if data.last != (len == command.len - command.received) {
+            return Err(Fatal { fes: FatalStatus::InvalidHeader, fei: 1 });
+        }
         self.receiving =
             Some(Receiving { slot, remaining: len, at: command.received, start: command.received, digest: digest.then(Vec::new) });
         Ok(())
@@ -572,6 +580,13 @@ impl Connection {
                 Err(_) => return Received::Closed,
             }
         }
+        if let State::Closing { said, .. } = &mut self.state
+            && !*said
+        {
+            // The host need not wait for us to close; we wait for it, so that no reset overtakes the word.
+            *said = true;
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
         Received::Open
     }
 
@@ -608,7 +623,7 @@ impl Connection {
         count(&counting.protocol_errors, 1);
         tracing::debug!(?fatal, "a PDU broke the protocol");
         self.push_bytes(|heads| pdu::encode_term(heads, Side::Controller, fatal, refused));
-        self.state = State::Closing { until: now + CLOSING };
+        self.close_soon(now);
         self.ready.clear();
         self.waiting.clear();
         self.receiving = None;
@@ -617,12 +632,12 @@ impl Connection {
 
     /// Lets the host read the last answer and close.
     pub fn close_soon(&mut self, now: Duration) {
-        self.state = State::Closing { until: now + CLOSING };
+        self.state = State::Closing { until: now + CLOSING, said: false };
     }
 
     /// Whether a connection that sent C2HTermReq has been given long enough.
     pub fn is_over(&self, now: Duration) -> bool {
-        matches!(self.state, State::Closing { until } if until <= now)
+        matches!(self.state, State::Closing { until, .. } if until <= now)
     }
 
     fn cid_take(&mut self, cid: u16) -> bool {

@@ -103,6 +103,13 @@ impl Qos {
         wait(&mut self.operations, operations).max(wait(&mut self.bytes, cost.bytes))
     }
 
+    /// Whether it is the operations, and not the bytes, that a request waits for.
+    pub fn is_over_operations(&mut self, now: Duration, cost: Cost) -> bool {
+        let operations = self.operations(cost);
+        let wait = self.wait(now, cost);
+        self.operations.as_mut().is_some_and(|limit| limit.wait(now, operations) == wait)
+    }
+
     /// Lets a request through, or says how long it has to wait.
     pub fn admit(&mut self, now: Duration, cost: Cost) -> Result<(), Duration> {
         if self.operations.is_none() && self.bytes.is_none() {

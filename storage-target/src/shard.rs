@@ -15,17 +15,17 @@ mod connect;
 mod manage;
 
 use crate::buffers::Buffers;
-use crate::connection::{Connection, Received};
-use crate::controller::{Answer, Controller, Facts, Host, Queue, Traffic};
-use crate::counters::count;
+use crate::connection::{Command, Connection, Received};
+use crate::controller::{Answer, Controller, Facts, Host, Queue, VolumeFacts};
+use crate::counters::{Counting, count};
 use crate::io::{self as device, FileDevice, Finished};
-use crate::nvme::{
-    self, BLOCK, ConnectData, DISCOVERY_NQN, DiscoveryEntry, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus, Sqe, opcode,
-};
+use crate::log_page::{self, DiscoveryEntry};
+use crate::nvme::{self, BLOCK, ConnectData, DISCOVERY_NQN, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus, opcode};
 use crate::qos::{Cost, Qos};
 use crate::ram::Ram;
 use crate::store::{self, VolumeFiles};
 use crate::target::{Access, Shared, VolumeSpec, VolumeStatus};
+use crate::traffic::Traffic;
 use crate::volume::{CloneFiles, Completion, Request, Volume, VolumeError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use std::collections::{HashMap, VecDeque};
@@ -51,8 +51,10 @@ const MAX_EVENTS: usize = 64;
 
 /// How long a stop waits for the disk.
 const LAST_FLUSH: Duration = Duration::from_secs(60);
-/// The tag of a request that nobody asked for.
+/// The tag of a request that no connection waits for.
 const NOBODY: u64 = u64::MAX;
+/// Tags of the flushes of shutdowns: this, and the controller's identifier.
+const SHUTDOWN: u64 = 0xffff_fffe << 32;
 
 const WAKE: u64 = u64::MAX;
 const DEVICE: u64 = u64::MAX - 1;
@@ -116,6 +118,8 @@ pub(crate) enum Message {
         connection: Box<Connection>,
         slot: usize,
     },
+    /// Other volumes than before are served, or for other hosts.
+    DiscoveryChanged,
     Stop,
 }
 
@@ -127,6 +131,8 @@ struct Served {
     qos: Qos,
     /// Requests that the limits hold back, in order.
     throttled: VecDeque<(u64, Request, Cost)>,
+    /// Until when the waiting of `throttled` has been counted.
+    throttled_since: Duration,
     traffic: Traffic,
     failure_marked: bool,
     /// Waits for the requests of controllers that were cut.
@@ -354,6 +360,7 @@ impl Shard {
                 self.finished = finished;
                 return self.finish_ended();
             }
+            self.now = self.start.elapsed();
             for one in finished.drain(..) {
                 let volume = usize::try_from(one.token >> 32).unwrap_or(usize::MAX);
                 if let Some(served) = self.volumes.get_mut(volume) {
@@ -390,6 +397,10 @@ impl Shard {
     fn finish(&mut self, completion: Completion) {
         let Completion { tag, result, buffer } = completion;
         let (key, slot) = untag(tag);
+        if tag & SHUTDOWN == SHUTDOWN && tag != NOBODY {
+            let controller = u16::try_from(slot).ok().and_then(|id| self.controllers.get_mut(&id));
+            return controller.into_iter().for_each(Controller::shut_down);
+        }
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.executing = connection.executing.saturating_sub(1);
         if connection.dead {
@@ -408,39 +419,37 @@ impl Shard {
         if command.parts > 0 {
             return;
         }
+        if command.sqe.opcode() == opcode::COMPARE && command.error.is_none() {
+            let same = command.buffer.get(..command.len) == buffer.get(..command.len);
+            command.error = (!same).then(|| NvmeStatus::COMPARE_FAILURE.dnr());
+        }
         let (error, len, sqe) = (command.error, command.len, command.sqe);
-        let counting = &self.shared.counting;
-        let traffic = connection
-            .queue
-            .and_then(|queue| queue.volume)
-            .and_then(|volume| self.volumes.get_mut(crate::bytes::narrow(volume.into())).map(|served| &mut served.traffic));
-        let bytes = crate::bytes::wide(len);
-        match (error, sqe.opcode(), traffic) {
-            (None, opcode::READ, Some(traffic)) => {
-                traffic.reads += 1;
-                traffic.read_bytes += bytes;
-                count(&counting.reads, 1);
-                count(&counting.read_bytes, bytes);
-            }
-            (None, opcode::WRITE, Some(traffic)) => {
-                traffic.writes += 1;
-                traffic.write_bytes += bytes;
-                count(&counting.writes, 1);
-                count(&counting.write_bytes, bytes);
-            }
-            (None, opcode::FLUSH, _) => count(&counting.flushes, 1),
-            (None, _, _) => count(&counting.zeroes, 1),
-            (Some(_), _, _) => count(&counting.commands_failed, 1),
+        let took = self.now.saturating_sub(command.since);
+        let queue = connection.queue;
+        if let Some(served) = queue.and_then(|queue| self.volumes.get_mut(crate::bytes::narrow(queue.volume?.into()))) {
+            account(&mut served.traffic, &self.shared.counting, sqe.opcode(), len, error, took);
         }
         match error {
             None if sqe.opcode() == opcode::READ => connection.respond_data(slot, buffer, len),
             error => {
                 self.buffers.give(buffer);
-                let kept = connection.respond(slot, error.unwrap_or(NvmeStatus::SUCCESS), 0);
-                self.buffers.give(kept);
+                self.respond(key, slot, error.unwrap_or(NvmeStatus::SUCCESS), 0);
             }
         }
         self.touched.push(key);
+    }
+
+    /// Answers a command without data, and remembers its failure.
+    fn respond(&mut self, key: usize, slot: usize, status: NvmeStatus, dw0: u64) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        if status != NvmeStatus::SUCCESS
+            && let (Some(queue), Some(command)) = (connection.queue, connection.command_mut(slot))
+            && let Some(controller) = self.controllers.get_mut(&queue.controller)
+        {
+            controller.failed(queue.id, &command.sqe, status);
+        }
+        let buffer = connection.respond(slot, status, dw0);
+        self.buffers.give(buffer);
     }
 
     fn accept(&mut self) {
@@ -456,10 +465,12 @@ impl Shard {
                 }
                 None => return,
             };
-            let strangers = self.connections.iter().filter(|(_, one)| one.queue.is_none() && !one.dead).count();
-            if strangers >= MAX_STRANGERS {
+            let strangers = || self.connections.iter().filter(|(_, one)| one.queue.is_none() && !one.dead);
+            if strangers().count() >= MAX_STRANGERS {
+                // The oldest had the most time to say who it is: a flood cannot keep others out by waiting.
+                let oldest = strangers().min_by_key(|(_, one)| one.since).map(|(key, _)| key);
                 count(&self.shared.counting.connections_over_limit, 1);
-                continue;
+                oldest.into_iter().for_each(|key| self.kill(key));
             }
             count(&self.shared.counting.connections_accepted, 1);
             if let Err(error) = self.take_in(stream) {
@@ -554,7 +565,7 @@ impl Shard {
             // Disconnect of an I/O queue: answered, then closed by the host.
             return self.answer(key, slot, NvmeStatus::SUCCESS, 0);
         }
-        match requests(&sqe, &mut command.buffer, command.len, served.engine.size()) {
+        match requests(command, &mut self.buffers, served.engine.size()) {
             Err(status) => self.answer(key, slot, status.dnr(), 0),
             Ok(Work::Nothing) => self.answer(key, slot, NvmeStatus::SUCCESS, 0),
             Ok(Work::One(request, cost)) => {
@@ -578,6 +589,9 @@ impl Shard {
         let free = matches!(request, Request::Flush);
         if !free && (!served.throttled.is_empty() || served.qos.admit(self.now, cost).is_err()) {
             count(&self.shared.counting.throttled, 1);
+            if served.throttled.is_empty() {
+                served.throttled_since = self.now;
+            }
             served.throttled.push_back((tag, request, cost));
             self.throttled += 1;
             return;
@@ -590,6 +604,13 @@ impl Shard {
             return;
         }
         for (_, served) in &mut self.volumes {
+            if let Some((_, _, cost)) = served.throttled.front() {
+                let waited = self.now.saturating_sub(served.throttled_since);
+                let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+                served.throttled_since = self.now;
+                let (iops, throughput) = (&mut served.traffic.over_iops_us, &mut served.traffic.over_throughput_us);
+                *if served.qos.is_over_operations(self.now, *cost) { iops } else { throughput } += waited;
+            }
             while let Some((_, _, cost)) = served.throttled.front() {
                 if served.qos.admit(self.now, *cost).is_err() {
                     break;
@@ -606,11 +627,8 @@ impl Shard {
         if status != NvmeStatus::SUCCESS {
             count(&self.shared.counting.commands_failed, 1);
         }
-        if let Some(connection) = self.connections.get_mut(key) {
-            let buffer = connection.respond(slot, status, dw0);
-            self.buffers.give(buffer);
-            self.touched.push(key);
-        }
+        self.respond(key, slot, status, dw0);
+        self.touched.push(key);
     }
 
     /// Executes a command of an admin queue.
@@ -623,9 +641,16 @@ impl Shard {
         let Some(controller) = self.controllers.get_mut(&queue.controller) else { return };
         controller.seen(self.now);
         let (shared, host) = (&self.shared, controller.host.nqn.clone());
+        let under_way = queues_length(&self.connections, queue.volume);
         let facts = Facts {
-            volume: served.map(|served| (served.spec.id.as_str(), served.engine.size())),
-            traffic: served.map(|served| served.traffic).unwrap_or_default(),
+            volume: served.map(|served| VolumeFacts {
+                id: &served.spec.id,
+                size_bytes: served.engine.size(),
+                shared: served.spec.access != Access::Exclusive,
+                failed: served.engine.has_failed(),
+                traffic: &served.traffic,
+                queue_length: under_way,
+            }),
             discovery_log: &|| discovery_log(shared, reached, &host),
             now: self.now,
         };
@@ -646,9 +671,18 @@ impl Shard {
                 for (_, connection) in io {
                     self.kill(connection);
                 }
-                for held in held {
+                for (held, _) in held {
                     self.answer(key, held, NvmeStatus::ABORTED_SQ_DELETION, 0);
                 }
+                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
+            }
+            Answer::Abort(held) => {
+                self.answer(key, held, NvmeStatus::ABORTED, 0);
+                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
+            }
+            Answer::ShutDown => {
+                let volume = crate::bytes::narrow(queue.volume.unwrap_or(u32::MAX).into());
+                self.request(volume, SHUTDOWN | u64::from(queue.controller), Request::Flush, Cost::of_command());
                 self.answer(key, slot, NvmeStatus::SUCCESS, 0);
             }
         }
@@ -691,6 +725,38 @@ impl Shard {
     }
 }
 
+/// Commands of a volume's queues that have not ended.
+fn queues_length(connections: &slab::Slab<Box<Connection>>, volume: Option<u32>) -> u64 {
+    let queues = connections.iter().filter(|(_, one)| one.queue.is_some_and(|queue| queue.id > 0 && queue.volume == volume));
+    crate::bytes::wide(queues.map(|(_, one)| one.executing).sum())
+}
+
+/// Counts a command that has ended.
+fn account(traffic: &mut Traffic, counting: &Counting, opcode: u8, len: usize, error: Option<NvmeStatus>, took: Duration) {
+    let bytes = crate::bytes::wide(len);
+    match (error, opcode) {
+        (None, opcode::READ) => {
+            traffic.reads.add(bytes, took);
+            count(&counting.reads, 1);
+            count(&counting.read_bytes, bytes);
+        }
+        (None, opcode::WRITE) => {
+            traffic.writes.add(bytes, took);
+            count(&counting.writes, 1);
+            count(&counting.write_bytes, bytes);
+        }
+        (None, opcode::FLUSH) => count(&counting.flushes, 1),
+        (None, opcode::COMPARE | opcode::VERIFY) => count(&counting.verifies, 1),
+        (None, _) => count(&counting.zeroes, 1),
+        (Some(status), _) => {
+            if status.is(NvmeStatus::READ_ERROR) || status.is(NvmeStatus::WRITE_FAULT) {
+                traffic.media_errors += 1;
+            }
+            count(&counting.commands_failed, 1);
+        }
+    }
+}
+
 fn has_zombies(connections: &slab::Slab<Box<Connection>>, volume: usize) -> bool {
     let key = u32::try_from(volume).ok();
     connections.iter().any(|(_, one)| one.dead && one.queue.is_some_and(|queue| queue.volume == key))
@@ -721,7 +787,8 @@ enum Work {
     Many(Vec<Request>),
 }
 
-fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Result<Work, NvmeStatus> {
+fn requests(command: &mut Command, buffers: &mut Buffers, size: u64) -> Result<Work, NvmeStatus> {
+    let (sqe, data_len) = (command.sqe, command.len);
     let flush = sqe.opcode() == opcode::FLUSH;
     if sqe.nsid() != NSID && !(flush && sqe.nsid() == NSID_ALL) {
         return Err(NvmeStatus::INVALID_NAMESPACE);
@@ -734,7 +801,7 @@ fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Resu
         // Hints about access are taken and change nothing; only Deallocate (bit 2) does.
         let deallocate = sqe.dword(11) & 1 << 2 != 0;
         let mut requests = Vec::new();
-        for entry in buffer.get(..data_len).unwrap_or_default().chunks_exact(16) {
+        for entry in command.buffer.get(..data_len).unwrap_or_default().chunks_exact(16) {
             let (offset, len) = range(crate::bytes::u64_at(entry, 8), crate::bytes::u32_at(entry, 4).into())?;
             if deallocate && len > 0 {
                 requests.push(Request::Discard { offset, len });
@@ -747,8 +814,15 @@ fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Resu
     }
     let (offset, len) = range(sqe.lba(), sqe.blocks())?;
     let (request, cost) = match sqe.opcode() {
-        opcode::READ => (Request::Read { offset, len, buffer: std::mem::take(buffer) }, Cost::of_transfer(len)),
-        opcode::WRITE => (Request::Write { offset, len, buffer: std::mem::take(buffer), fua: sqe.fua() }, Cost::of_transfer(len)),
+        opcode::READ => (Request::Read { offset, len, buffer: std::mem::take(&mut command.buffer) }, Cost::of_transfer(len)),
+        // What is compared stays with the command; the blocks come into a buffer of their own.
+        opcode::COMPARE | opcode::VERIFY => {
+            (Request::Read { offset, len, buffer: buffers.take(crate::bytes::narrow(len)) }, Cost::of_transfer(len))
+        }
+        opcode::WRITE => {
+            let buffer = std::mem::take(&mut command.buffer);
+            (Request::Write { offset, len, buffer, fua: sqe.fua() }, Cost::of_transfer(len))
+        }
         _ => (Request::Zeroes { offset, len, fua: sqe.fua() }, Cost::of_command()),
     };
     Ok(Work::One(request, cost))
@@ -762,5 +836,5 @@ fn discovery_log(shared: &Shared, address: SocketAddr, host: &str) -> Vec<u8> {
         .filter(|(_, place)| place.spec.admits(host))
         .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address })
         .collect();
-    nvme::discovery_log(shared.generation(), &entries)
+    log_page::discovery(shared.generation(), &entries)
 }

@@ -206,6 +206,8 @@ impl Shared {
             None => self.places().remove(id),
         };
         self.generation.fetch_add(1, Ordering::Relaxed);
+        // Discovery controllers live where connections are accepted.
+        self.send(0, Message::DiscoveryChanged);
     }
 }
 

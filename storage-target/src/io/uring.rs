@@ -187,15 +187,13 @@ impl UringDevice {
             return false;
         };
         let result = match &mut pending.operation.action {
-            Action::Read { buffer, range } => {
+            Action::Read { range, .. } => {
                 pending.done += count;
-                if count > 0 && pending.done < range.len() {
-                    return true;
+                match pending.done >= range.len() {
+                    true => Ok(()),
+                    false if count > 0 => return true,
+                    false => Err(io::ErrorKind::UnexpectedEof.into()),
                 }
-                if let Some(rest) = buffer.get_mut(range.clone()).and_then(|part| part.get_mut(pending.done..)) {
-                    rest.fill(0);
-                }
-                Ok(())
             }
             Action::Write { range, .. } => {
                 pending.done += count;

@@ -32,6 +32,10 @@ impl Shard {
                     }
                     Err(error) => tracing::warn!(%error, "connection not taken over"),
                 },
+                Message::DiscoveryChanged => {
+                    let told: Vec<u16> = self.controllers.values().filter(|one| one.volume.is_none()).map(|one| one.id).collect();
+                    self.tell(told);
+                }
                 Message::Stop => self.stopping = true,
             }
         }
@@ -56,6 +60,7 @@ impl Shard {
             spec,
             folder,
             throttled: VecDeque::new(),
+            throttled_since: self.now,
             traffic: Traffic::default(),
             failure_marked: failed,
             drains: Vec::new(),
@@ -80,12 +85,17 @@ impl Shard {
         if grown {
             let key = u32::try_from(volume).ok();
             let told: Vec<u16> = self.controllers.values().filter(|one| one.volume == key).map(|one| one.id).collect();
-            for id in told {
-                if let Some(controller) = self.controllers.get_mut(&id) {
-                    controller.namespace_changed();
-                }
-                self.events(id);
+            self.tell(told);
+        }
+    }
+
+    /// Tells controllers that what they are about has changed.
+    fn tell(&mut self, controllers: Vec<u16>) {
+        for id in controllers {
+            if let Some(controller) = self.controllers.get_mut(&id) {
+                controller.changed();
             }
+            self.events(id);
         }
     }
 
@@ -97,10 +107,10 @@ impl Shard {
             connected: self.controllers.values().any(|controller| controller.volume == key),
             failed: served.engine.has_failed(),
             allocated_bytes: if let Engine::Ram(ram) = &served.engine { ram.allocated() } else { 0 },
-            reads: served.traffic.reads,
-            writes: served.traffic.writes,
-            read_bytes: served.traffic.read_bytes,
-            write_bytes: served.traffic.write_bytes,
+            reads: served.traffic.reads.operations,
+            writes: served.traffic.writes.operations,
+            read_bytes: served.traffic.reads.bytes,
+            write_bytes: served.traffic.writes.bytes,
         })
     }
 

@@ -242,7 +242,7 @@ fn commands_get_the_status_of_the_standard() {
         (wrong_namespace, 512, Err(NvmeStatus::INVALID_NAMESPACE)),
         (fused, 512, Err(NvmeStatus::INVALID_FIELD)),
         (rw(opcode::WRITE_ZEROES, blocks - 1, 2), 0, Err(NvmeStatus::LBA_RANGE)),
-        (rw(0x05, 0, 1), 0, Err(NvmeStatus::INVALID_OPCODE)),
+        (rw(0x04, 0, 1), 0, Err(NvmeStatus::INVALID_OPCODE)),
         (rw(opcode::WRITE, 0, 4096), 512, Err(NvmeStatus::INVALID_FIELD)),
         (Sqe::new(opcode::FABRICS, 1, fabrics::CONNECT.into()), 0, Err(NvmeStatus::SEQUENCE)),
     ] {
