@@ -1,10 +1,17 @@
 //! One TCP connection to a host, from bytes to commands and back: NVMe/TCP 1.0, sections 3.2 to 3.5.
 //!
-//!     Initial --ICReq/ICResp--> Open --broken PDU: C2HTermReq--> Closing
+//! ```text
+//! Initial --ICReq/ICResp--> Open --broken PDU: C2HTermReq--> Closing
+//! ```
 //!
 //! A turn reads once, decodes every PDU that came, and later writes all answers at once. Data of H2CData PDUs
 //! is received straight into its command's buffer. A command takes its buffer when it is admitted: one
 //! connection holds at most [`HELD_BYTES`] of read and write data, the rest of its commands wait in order.
+//!
+//! Where the volume keeps its blocks in memory, no buffer is needed. Data of a capsule stays where it was received
+//! until its command is executed, which has to be before the next receive; a read's answer *lends* the volume's own
+//! bytes to the socket. What the socket did not take at once may stay lent until the volume is about to change;
+//! then [`Connection::settle`] copies it, so that no block is sent half old and half new.
 //!
 //! The connection knows nothing of volumes: a command whose data is complete becomes *ready*, and whoever owns
 //! the connection executes it and answers by its slot. The slot is also the transfer tag of its R2T.
@@ -14,15 +21,17 @@ use crate::controller::{self, Queue};
 use crate::counters::{Counting, count};
 use crate::nvme::{Cqe, NvmeStatus, Sgl, Sqe};
 use crate::pdu::{self, Data, Digests, Fatal, FatalStatus, Head, Header, MAX_H2C_DATA, Side};
+use crate::ram::Ram;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::time::Duration;
 
 /// Data that one connection may hold in buffers, in bytes.
 const HELD_BYTES: usize = 8 << 20;
 /// The most pieces of one writev.
-const PIECES: usize = 64;
+const PIECES: usize = 256;
 /// How long a host has to close after C2HTermReq.
 const CLOSING: Duration = Duration::from_secs(1);
 /// Sent heads are dropped when they have grown to this many bytes.
@@ -31,8 +40,10 @@ const HEADS_KEPT: usize = 64 * 1024;
 /// What became of a read from the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Received {
-    /// The connection goes on.
+    /// The connection goes on, and something came.
     Open,
+    /// Nothing was there to read.
+    Nothing,
     /// The host is gone, or the connection is broken.
     Closed,
 }
@@ -64,6 +75,8 @@ pub(crate) struct Command {
     pub buffer: Vec<u8>,
     /// Bytes of data.
     pub len: usize,
+    /// Where its data is among the bytes received last, while it is not in `buffer`.
+    pub inline: Range<usize>,
     /// Requests to the volume that are still under way.
     pub parts: usize,
     /// The first error of its requests.
@@ -112,6 +125,19 @@ enum Piece {
         len: usize,
         held: usize,
     },
+    /// Bytes of the volume in memory.
+    Lent {
+        offset: u64,
+        len: usize,
+    },
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        match self {
+            Self::Head { len, .. } | Self::Data { len, .. } | Self::Lent { len, .. } => *len,
+        }
+    }
 }
 
 /// The connection.
@@ -142,6 +168,10 @@ pub(crate) struct Connection {
     heads: Vec<u8>,
     heads_base: usize,
     pieces: VecDeque<Piece>,
+    /// How many of the pieces are lent.
+    lent: usize,
+    /// Where the PDU that is being handled began, among the bytes received last.
+    pdu_at: usize,
     /// Bytes of the first piece that were sent.
     sent: usize,
 }
@@ -171,6 +201,8 @@ impl Connection {
             heads: Vec::new(),
             heads_base: 0,
             pieces: VecDeque::new(),
+            lent: 0,
+            pdu_at: 0,
             sent: 0,
         })
     }
@@ -200,7 +232,7 @@ impl Connection {
             Ok((_, _, 0)) => return Received::Closed,
             Ok((direct, buffered, _)) => (direct, buffered),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                return Received::Open;
+                return Received::Nothing;
             }
             Err(_) => return Received::Closed,
         };
@@ -232,6 +264,7 @@ impl Connection {
                     return Received::Open;
                 }
             };
+            self.pdu_at = bytes.len() - rest.len();
             match self.handle(&head, rest, buffers, counting, now) {
                 Ok(Some(used)) => rest = rest.get(used..).unwrap_or_default(),
                 Ok(None) => break,
@@ -282,7 +315,7 @@ impl Connection {
                 let end = data_end + if head.data_digest { 4 } else { 0 };
                 let (Some(data), Some(_)) = (bytes.get(head.data_at..data_end), bytes.get(..end)) else { return Ok(None) };
                 let intact = !head.data_digest || crc32c::crc32c(data) == crate::bytes::u32_at(bytes, data_end);
-                self.command(Sqe(sqe), data, intact, buffers, counting, now).map_err(Some)?;
+                self.command(Sqe(sqe), (head.data_at, data), intact, buffers, counting, now).map_err(Some)?;
                 Ok(Some(end))
             }
             Header::H2cData(data) => {
@@ -296,7 +329,7 @@ impl Connection {
     fn command(
         &mut self,
         sqe: Sqe,
-        data: &[u8],
+        (data_at, data): (usize, &[u8]),
         intact: bool,
         buffers: &mut Buffers,
         counting: &Counting,
@@ -317,6 +350,7 @@ impl Connection {
         let slot = self.commands.insert(Command {
             sqe,
             buffer: Vec::new(),
+            inline: 0..0,
             len: 0,
             parts: 0,
             error: None,
@@ -330,14 +364,26 @@ impl Connection {
             let _ = self.respond(slot, NvmeStatus::TRANSIENT_TRANSPORT, 0);
             return Ok(());
         }
-        match self.data_of(&sqe, data) {
+        match self.data_of(&sqe, data.len()) {
             Err(status) => drop(self.respond(slot, status.dnr(), 0)),
             Ok(Placement::None) => self.ready.push_back(slot),
-            Ok(Placement::Here(data)) => {
+            Ok(Placement::Here(range)) => {
+                let in_place = self.is_in_place();
                 if let Some(command) = self.commands.get_mut(slot) {
-                    command.len = data.len();
-                    command.buffer = buffers.take(data.len());
-                    crate::bytes::put(&mut command.buffer, 0, data);
+                    command.len = range.len();
+                    if in_place {
+                        let at = self.pdu_at + data_at;
+                        command.inline = at + range.start..at + range.end;
+                    } else {
+                        command.buffer = buffers.take(range.len());
+                        crate::bytes::put(&mut command.buffer, 0, data.get(range).unwrap_or_default());
+                    }
+                }
+                self.ready.push_back(slot);
+            }
+            Ok(Placement::Later { len, reads: true }) if self.is_in_place() => {
+                if let Some(command) = self.commands.get_mut(slot) {
+                    command.len = len;
                 }
                 self.ready.push_back(slot);
             }
@@ -353,8 +399,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether data goes straight between the socket and the volume. Digests are made of what cannot change
+    /// any more, so with them it does not.
+    pub fn is_in_place(&self) -> bool {
+        !self.digests.data && self.queue.as_ref().is_some_and(|queue| queue.in_place && queue.id > 0)
+    }
+
     /// Where the command's data is, checked against what the command moves.
-    fn data_of<'a>(&self, sqe: &Sqe, data: &'a [u8]) -> Result<Placement<'a>, NvmeStatus> {
+    fn data_of(&self, sqe: &Sqe, in_capsule: usize) -> Result<Placement, NvmeStatus> {
         let transfer = controller::transfer(self.queue.as_ref(), sqe)?;
         match (transfer, sqe.sgl()) {
             (Transfer::None, _) => Ok(Placement::None),
@@ -366,7 +418,7 @@ impl Connection {
                     return Err(NvmeStatus::SGL_LENGTH);
                 }
                 let end = start.checked_add(len).ok_or(NvmeStatus::SGL_OFFSET)?;
-                data.get(start..end).map(Placement::Here).ok_or(NvmeStatus::SGL_OFFSET)
+                if end <= in_capsule { Ok(Placement::Here(start..end)) } else { Err(NvmeStatus::SGL_OFFSET) }
             }
             (Transfer::ToHost(_), Sgl::InCapsule { .. }) => Err(NvmeStatus::SGL_TYPE),
             (Transfer::ToController(len) | Transfer::ToHost(len), Sgl::Transport { len: given }) => {
@@ -471,6 +523,19 @@ impl Connection {
         rest
     }
 
+    /// Gives a command a buffer of its own: with the data that it has among the bytes received last, or for
+    /// the data that it reads.
+    pub fn own(&mut self, slot: usize, received: &[u8], buffers: &mut Buffers) {
+        let Some(command) = self.commands.get_mut(slot) else { return };
+        let inline = std::mem::take(&mut command.inline);
+        if command.buffer.len() < command.len {
+            command.buffer = buffers.take(command.len);
+            if let Some(data) = received.get(inline) {
+                crate::bytes::put(&mut command.buffer, 0, data);
+            }
+        }
+    }
+
     /// The next command whose data is complete.
     pub fn next_ready(&mut self) -> Option<usize> {
         self.ready.pop_front()
@@ -511,17 +576,51 @@ impl Connection {
             self.held -= command.held.min(self.held);
             return;
         }
+        let digest = self.digests.data.then(|| crc32c::crc32c(buffer.get(..len).unwrap_or_default()));
+        self.push_data(cid, len, Piece::Data { buffer, len, held: command.held }, digest);
+    }
+
+    /// Answers a command with bytes that the volume lends.
+    pub fn respond_lent(&mut self, slot: usize, offset: u64) {
+        let Some(command) = self.commands.try_remove(slot) else { return };
+        let (cid, len) = (command.sqe.cid(), command.len);
+        self.cid_give(cid);
+        if self.answers() {
+            self.lent += 1;
+            self.push_data(cid, len, Piece::Lent { offset, len }, None);
+        }
+    }
+
+    /// Data, and the end of its command: in the same PDU where the host does not ask for a queue head.
+    fn push_data(&mut self, cid: u16, len: usize, piece: Piece, digest: Option<u32>) {
         let success = self.queue.as_ref().is_some_and(|queue| queue.flow_control_off);
         let data = Data { cid, ttag: 0, offset: 0, len: crate::bytes::narrow32(len), last: true, success };
-        let digest = self.digests.data.then(|| crc32c::crc32c(buffer.get(..len).unwrap_or_default()));
         self.push_head(&Header::C2hData(data), len);
-        self.pieces.push_back(Piece::Data { buffer, len, held: command.held });
+        self.pieces.push_back(piece);
         if let Some(digest) = digest {
             self.push_bytes(|heads| heads.extend_from_slice(&digest.to_le_bytes()));
         }
         if !success {
             self.push_response(cid, NvmeStatus::SUCCESS, 0);
         }
+    }
+
+    /// Whether bytes of the volume wait for the socket.
+    pub fn has_lent(&self) -> bool {
+        self.lent > 0
+    }
+
+    /// Copies what is lent, since the volume is about to change.
+    pub fn settle(&mut self, ram: &Ram, buffers: &mut Buffers) {
+        for piece in &mut self.pieces {
+            if let Piece::Lent { offset, len } = *piece {
+                let mut buffer = buffers.take(len);
+                ram.read(offset, buffer.get_mut(..len).unwrap_or_default());
+                self.held += len;
+                *piece = Piece::Data { buffer, len, held: len };
+            }
+        }
+        self.lent = 0;
     }
 
     fn push_response(&mut self, cid: u16, status: NvmeStatus, dw0: u64) {
@@ -550,27 +649,14 @@ impl Connection {
         !self.pieces.is_empty()
     }
 
-    /// Sends as much as the socket takes.
-    pub fn send(&mut self, buffers: &mut Buffers) -> Received {
+    /// Sends as much as the socket takes; `ram` is the volume that lends.
+    pub fn send(&mut self, buffers: &mut Buffers, ram: Option<&Ram>) -> Received {
         while self.has_output() {
             let mut slices = [IoSlice::new(&[]); PIECES];
-            let mut used = 0;
-            for (slot, piece) in slices.iter_mut().zip(&self.pieces) {
-                let bytes = match piece {
-                    Piece::Head { start, len } => {
-                        let at = start - self.heads_base;
-                        self.heads.get(at..at + len)
-                    }
-                    Piece::Data { buffer, len, .. } => buffer.get(..*len),
-                };
-                let skip = if used == 0 { self.sent } else { 0 };
-                *slot = IoSlice::new(bytes.and_then(|bytes| bytes.get(skip..)).unwrap_or_default());
-                used += 1;
-            }
+            let used = self.gather(&mut slices, ram);
             let slices = slices.get(..used).unwrap_or_default();
-            if slices.iter().all(|slice| slice.is_empty()) {
-                self.consume(0, buffers);
-                continue;
+            if slices.is_empty() {
+                return Received::Closed; // a lender that is gone: nothing can be said any more
             }
             match (&self.stream).write_vectored(slices) {
                 Ok(0) => return Received::Closed,
@@ -590,18 +676,50 @@ impl Connection {
         Received::Open
     }
 
+    /// The bytes to send next, as far as slices go; how many there are.
+    fn gather<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES], ram: Option<&'a Ram>) -> usize {
+        let mut used = 0;
+        let mut skip = self.sent;
+        for piece in &self.pieces {
+            let mut next = 0;
+            while next < piece.len() {
+                let bytes = match piece {
+                    Piece::Head { start, len } => {
+                        let at = start - self.heads_base;
+                        self.heads.get(at..at + len)
+                    }
+                    Piece::Data { buffer, len, .. } => buffer.get(..*len),
+                    // Up to the end of a chunk.
+                    Piece::Lent { offset, len } => ram.map(|ram| ram.slice(offset + crate::bytes::wide(next), len - next)),
+                };
+                let (Some(bytes), Some(slot)) = (bytes.filter(|bytes| !bytes.is_empty()), slices.get_mut(used)) else { return used };
+                next += bytes.len();
+                let unsent = bytes.get(skip.min(bytes.len())..).unwrap_or_default();
+                skip -= bytes.len() - unsent.len();
+                if !unsent.is_empty() {
+                    *slot = IoSlice::new(unsent);
+                    used += 1;
+                }
+            }
+        }
+        used
+    }
+
     /// Drops what was sent, and lets waiting commands have its room.
     fn consume(&mut self, count: usize, buffers: &mut Buffers) {
         self.sent += count;
         while let Some(piece) = self.pieces.front() {
-            let (Piece::Head { len, .. } | Piece::Data { len, .. }) = piece;
-            if self.sent < *len {
+            if self.sent < piece.len() {
                 break;
             }
-            self.sent -= len;
-            if let Some(Piece::Data { buffer, held, .. }) = self.pieces.pop_front() {
-                self.held -= held.min(self.held);
-                buffers.give(buffer);
+            self.sent -= piece.len();
+            match self.pieces.pop_front() {
+                Some(Piece::Data { buffer, held, .. }) => {
+                    self.held -= held.min(self.held);
+                    buffers.give(buffer);
+                }
+                Some(Piece::Lent { .. }) => self.lent -= 1,
+                Some(Piece::Head { .. }) | None => {}
             }
         }
         match self.pieces.iter().find_map(|piece| if let Piece::Head { start, .. } = piece { Some(*start) } else { None }) {
@@ -655,8 +773,12 @@ impl Connection {
     }
 }
 
-enum Placement<'a> {
+enum Placement {
     None,
-    Here(&'a [u8]),
-    Later { len: usize, reads: bool },
+    /// A range of the capsule's data.
+    Here(Range<usize>),
+    Later {
+        len: usize,
+        reads: bool,
+    },
 }

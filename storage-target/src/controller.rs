@@ -45,13 +45,20 @@ pub(crate) struct Queue {
     pub size: u16,
     /// The host asked for completions without a queue head.
     pub flow_control_off: bool,
+    /// Data is read and written where the volume keeps it, and not in buffers.
+    pub in_place: bool,
     head: u16,
 }
 
 impl Queue {
     pub fn new(controller: u16, volume: Option<u32>, id: u16, size: u16, flow_control_off: bool) -> Self {
         // Connect itself was the queue's first entry.
-        Self { controller, volume, id, size, flow_control_off, head: 1 % size.max(1) }
+        Self { controller, volume, id, size, flow_control_off, in_place: false, head: 1 % size.max(1) }
+    }
+
+    /// The same queue, of a volume that keeps its blocks in memory.
+    pub fn in_place(self, in_place: bool) -> Self {
+        Self { in_place, ..self }
     }
 
     /// One more entry was taken.

@@ -9,7 +9,7 @@ pub const BLOCK: u64 = 512;
 /// MDTS: the largest data of one command, in bytes.
 pub const MAX_TRANSFER: u64 = 1 << 20;
 /// The deepest queue that a host may ask for, in entries.
-pub(crate) const MAX_QUEUE: u16 = 128;
+pub(crate) const MAX_QUEUE: u16 = 256;
 /// The most I/O queues of one controller.
 pub(crate) const MAX_IO_QUEUES: u16 = 16;
 /// The most Asynchronous Event Requests that a controller holds.

@@ -92,6 +92,11 @@ impl Qos {
         }
     }
 
+    /// Whether everything passes at once.
+    pub fn is_unlimited(&self) -> bool {
+        self.operations.is_none() && self.bytes.is_none()
+    }
+
     fn operations(&self, cost: Cost) -> u64 {
         cost.bytes.div_ceil(self.split).max(1)
     }
@@ -112,7 +117,7 @@ impl Qos {
 
     /// Lets a request through, or says how long it has to wait.
     pub fn admit(&mut self, now: Duration, cost: Cost) -> Result<(), Duration> {
-        if self.operations.is_none() && self.bytes.is_none() {
+        if self.is_unlimited() {
             return Ok(());
         }
         let wait = self.wait(now, cost);

@@ -1,8 +1,12 @@
 //! One thread, its connections, its volumes: the target's loop.
 //!
-//! A turn: wait; read each ready socket once and decode everything; start the I/O of all commands as one
+//! A turn: wait; read each ready socket once, decode everything and start it; do the I/O of all commands as one
 //! batch; take what has ended; write each connection's answers at once. Nothing in a turn waits for a disk, but
-//! for what `io::uring` says about writes into the page cache.
+//! for what `io::uring` says about writes into the page cache. Volumes in memory need no batch: their commands end
+//! as they are executed, without a buffer (`in_place`).
+//!
+//! Waiting is adaptive (`wait`): sockets that spoke last are read again before the thread asks epoll for others,
+//! and while hosts answer within microseconds, so is the thread awake.
 //!
 //! The first shard also accepts. A connection starts there; its Connect names a volume, and when another
 //! shard owns that volume the whole connection moves. From then on no data is shared between threads.
@@ -12,7 +16,9 @@
 //! land after a write of the new one. The same holds for a change of the volume's initiator.
 
 mod connect;
+mod in_place;
 mod manage;
+mod wait;
 
 use crate::buffers::Buffers;
 use crate::connection::{Command, Connection, Received};
@@ -134,6 +140,8 @@ struct Served {
     /// Until when the waiting of `throttled` has been counted.
     throttled_since: Duration,
     traffic: Traffic,
+    /// Bytes of it may wait for sockets: [`Connection::settle`] before it changes.
+    lends: bool,
     failure_marked: bool,
     /// Waits for the requests of controllers that were cut.
     drains: Vec<Drain>,
@@ -206,6 +214,9 @@ pub(crate) struct Shard {
     scratch: Vec<u8>,
     /// Connections with something to execute or to send.
     touched: Vec<usize>,
+    /// Connections that spoke in the turn before.
+    hot: Vec<usize>,
+    patience: wait::Patience,
     finished: Vec<Finished>,
     ended: Vec<Completion>,
     start: Instant,
@@ -253,6 +264,8 @@ impl Shard {
             buffers: Buffers::default(),
             scratch: vec![0; SCRATCH],
             touched: Vec::new(),
+            hot: Vec::new(),
+            patience: wait::Patience::default(),
             finished: Vec::new(),
             ended: Vec::new(),
             start: Instant::now(),
@@ -268,27 +281,11 @@ impl Shard {
     pub fn run(mut self) {
         let mut events = Vec::with_capacity(MAX_EVENTS);
         while !self.stopping {
-            let timeout = self
-                .timeout()
-                .map(|wait| Timespec { tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: wait.subsec_nanos().into() });
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "waiting for events");
-                    return;
-                }
+            if let Err(error) = self.wait(&mut events) {
+                tracing::error!(%error, "waiting for events");
+                return;
             }
-            self.now = self.start.elapsed();
             count(&self.shared.counting.turns, 1);
-            for event in &events {
-                match event.data.u64() {
-                    WAKE => self.wake.clear(),
-                    DEVICE => {}
-                    LISTENER => self.accept(),
-                    key => self.receive(crate::bytes::narrow(key)),
-                }
-            }
             self.messages();
             self.scan();
             self.work();
@@ -315,21 +312,6 @@ impl Shard {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-    }
-
-    /// How long the next turn may sleep.
-    fn timeout(&mut self) -> Option<Duration> {
-        let now = self.start.elapsed();
-        let scans = self.accept_paused || !self.connections.is_empty();
-        let scan = scans.then(|| self.next_scan.saturating_sub(now));
-        if self.throttled == 0 {
-            return scan;
-        }
-        let limits = self.volumes.iter_mut().filter_map(|(_, served)| {
-            let (_, _, cost) = served.throttled.front()?;
-            Some(served.qos.wait(now, *cost))
-        });
-        limits.min().into_iter().chain(scan).min()
     }
 
     /// Executes, does I/O and answers until there is nothing left to do without waiting.
@@ -501,15 +483,24 @@ impl Shard {
         Ok(key)
     }
 
-    fn receive(&mut self, key: usize) {
-        let Some(connection) = self.connections.get_mut(key) else { return };
+    /// Reads a socket once and starts what came; whether anything did.
+    fn receive(&mut self, key: usize) -> bool {
+        let Some(connection) = self.connections.get_mut(key) else { return false };
         if connection.dead {
-            return;
+            return false;
         }
-        let received = connection.receive(&mut self.scratch, &mut self.buffers, &self.shared.counting, self.now);
-        match received {
-            Received::Open => self.touched.push(key),
-            Received::Closed => self.kill(key),
+        match connection.receive(&mut self.scratch, &mut self.buffers, &self.shared.counting, self.now) {
+            Received::Open => {
+                // At once: data of capsules is still where it was received.
+                self.execute_ready(key);
+                self.touched.push(key);
+                true
+            }
+            Received::Nothing => false,
+            Received::Closed => {
+                self.kill(key);
+                true
+            }
         }
     }
 
@@ -518,8 +509,19 @@ impl Shard {
         if connection.dead {
             return;
         }
-        if connection.has_output() && connection.send(&mut self.buffers) == Received::Closed {
-            return self.kill(key);
+        if connection.has_output() {
+            let volume = connection.queue.and_then(|queue| queue.volume);
+            let served = volume.and_then(|volume| self.volumes.get_mut(crate::bytes::narrow(volume.into())));
+            let (ram, lends) = match served {
+                Some(Served { engine: Engine::Ram(ram), lends, .. }) => (Some(&*ram), Some(lends)),
+                _ => (None, None),
+            };
+            if connection.send(&mut self.buffers, ram) == Received::Closed {
+                return self.kill(key);
+            }
+            if let Some(lends) = lends {
+                *lends |= connection.has_lent();
+            }
         }
         if connection.has_ready() {
             self.touched.push(key);
@@ -554,7 +556,7 @@ impl Shard {
             controller.is_enabled()
         });
         let volume = crate::bytes::narrow(queue.volume.unwrap_or(u32::MAX).into());
-        let (Some(served), Some(command)) = (self.volumes.get_mut(volume), connection.command_mut(slot)) else {
+        let Some(command) = connection.command_mut(slot).filter(|_| self.volumes.contains(volume)) else {
             return self.answer(key, slot, NvmeStatus::NOT_READY, 0);
         };
         if !enabled {
@@ -565,6 +567,15 @@ impl Shard {
             // Disconnect of an I/O queue: answered, then closed by the host.
             return self.answer(key, slot, NvmeStatus::SUCCESS, 0);
         }
+        if queue.in_place {
+            if self.execute_in_place(key, slot, volume, &sqe) {
+                return;
+            }
+            let Some(connection) = self.connections.get_mut(key) else { return };
+            connection.own(slot, &self.scratch, &mut self.buffers);
+        }
+        let (Some(served), Some(connection)) = (self.volumes.get_mut(volume), self.connections.get_mut(key)) else { return };
+        let Some(command) = connection.command_mut(slot) else { return };
         match requests(command, &mut self.buffers, served.engine.size()) {
             Err(status) => self.answer(key, slot, status.dnr(), 0),
             Ok(Work::Nothing) => self.answer(key, slot, NvmeStatus::SUCCESS, 0),
@@ -596,6 +607,10 @@ impl Shard {
             self.throttled += 1;
             return;
         }
+        if !matches!(request, Request::Read { .. } | Request::Flush) {
+            self.settle(volume);
+        }
+        let Some(served) = self.volumes.get_mut(volume) else { return };
         served.engine.submit(&mut *self.device, tag, request, &mut self.ended);
     }
 
@@ -603,7 +618,11 @@ impl Shard {
         if self.throttled == 0 {
             return;
         }
-        for (_, served) in &mut self.volumes {
+        for key in 0..self.volumes.capacity() {
+            if self.volumes.get(key).is_some_and(|served| !served.throttled.is_empty()) {
+                self.settle(key);
+            }
+            let Some(served) = self.volumes.get_mut(key) else { continue };
             if let Some((_, _, cost)) = served.throttled.front() {
                 let waited = self.now.saturating_sub(served.throttled_since);
                 let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
@@ -787,16 +806,19 @@ enum Work {
     Many(Vec<Request>),
 }
 
+/// A command's blocks as bytes, if the volume has them.
+fn byte_range(lba: u64, blocks: u64, size: u64) -> Result<(u64, u64), NvmeStatus> {
+    let end = lba.checked_add(blocks).ok_or(NvmeStatus::LBA_RANGE)?;
+    if end > size / BLOCK { Err(NvmeStatus::LBA_RANGE) } else { Ok((lba * BLOCK, blocks * BLOCK)) }
+}
+
 fn requests(command: &mut Command, buffers: &mut Buffers, size: u64) -> Result<Work, NvmeStatus> {
     let (sqe, data_len) = (command.sqe, command.len);
     let flush = sqe.opcode() == opcode::FLUSH;
     if sqe.nsid() != NSID && !(flush && sqe.nsid() == NSID_ALL) {
         return Err(NvmeStatus::INVALID_NAMESPACE);
     }
-    let range = |lba: u64, blocks: u64| {
-        let end = lba.checked_add(blocks).ok_or(NvmeStatus::LBA_RANGE)?;
-        if end > size / BLOCK { Err(NvmeStatus::LBA_RANGE) } else { Ok((lba * BLOCK, blocks * BLOCK)) }
-    };
+    let range = |lba: u64, blocks: u64| byte_range(lba, blocks, size);
     if sqe.opcode() == opcode::DATASET_MANAGEMENT {
         // Hints about access are taken and change nothing; only Deallocate (bit 2) does.
         let deallocate = sqe.dword(11) & 1 << 2 != 0;

@@ -43,7 +43,10 @@ impl Shard {
         let host = Host { nqn: data.host_nqn, id: data.host_id };
         let volume_key = volume.map(|volume| u32::try_from(volume).unwrap_or(u32::MAX));
         let flow_control_off = sqe.dword(11) >> 16 & 1 << 2 != 0;
-        let queue = |controller| Queue::new(controller, volume_key, id, size, flow_control_off);
+        let in_place = volume
+            .and_then(|volume| self.volumes.get(volume))
+            .is_some_and(|served| matches!(served.engine, Engine::Ram(_)) && served.qos.is_unlimited());
+        let queue = |controller| Queue::new(controller, volume_key, id, size, flow_control_off).in_place(in_place);
         if id > 0 {
             return match self.connect_io(key, id, &data.controller, volume_key, &host) {
                 Ok(()) => self.connected(key, slot, queue(data.controller)),

@@ -62,6 +62,7 @@ impl Shard {
             throttled: VecDeque::new(),
             throttled_since: self.now,
             traffic: Traffic::default(),
+            lends: false,
             failure_marked: failed,
             drains: Vec::new(),
         });
