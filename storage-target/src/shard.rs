@@ -675,6 +675,8 @@ impl Shard {
         };
         match controller.admin(slot, &sqe, &facts) {
             Answer::Value(dw0) => self.answer(key, slot, NvmeStatus::SUCCESS, dw0),
+            // nvme-cli asks for every property that there might be, and takes the plain status for "not here".
+            Answer::Fail(status) if sqe.opcode() == opcode::FABRICS => self.answer(key, slot, status, 0),
             Answer::Fail(status) => self.answer(key, slot, status.dnr(), 0),
             Answer::Held => self.events(queue.controller),
             Answer::Data(mut page) => {
