@@ -15,10 +15,13 @@
 //! the volume has ended: when a card dies and starts again, a write that its old socket still held cannot
 //! land after a write of the new one. The same holds for a change of the volume's initiator.
 
+mod admin;
 mod connect;
 mod in_place;
 mod manage;
+mod served;
 mod wait;
+mod work;
 
 use crate::buffers::Buffers;
 use crate::connection::{Command, Connection, Received};
@@ -34,6 +37,7 @@ use crate::target::{Access, Shared, VolumeSpec, VolumeStatus};
 use crate::traffic::Traffic;
 use crate::volume::{CloneFiles, Completion, Request, Volume, VolumeError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use served::{Drain, Engine, Served};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -43,6 +47,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
+use work::{Work, account, byte_range, requests, status_of};
 
 /// Connections that may be open without having said who they are.
 const MAX_STRANGERS: usize = 64;
@@ -127,74 +132,6 @@ pub(crate) enum Message {
     /// Other volumes than before are served, or for other hosts.
     DiscoveryChanged,
     Stop,
-}
-
-/// A volume and what stands before it.
-struct Served {
-    spec: VolumeSpec,
-    folder: PathBuf,
-    engine: Engine,
-    qos: Qos,
-    /// Requests that the limits hold back, in order.
-    throttled: VecDeque<(u64, Request, Cost)>,
-    /// Until when the waiting of `throttled` has been counted.
-    throttled_since: Duration,
-    traffic: Traffic,
-    /// Bytes of it may wait for sockets: [`Connection::settle`] before it changes.
-    lends: bool,
-    failure_marked: bool,
-    /// Waits for the requests of controllers that were cut.
-    drains: Vec<Drain>,
-}
-
-/// Where a volume's blocks are.
-enum Engine {
-    File(Box<Volume>),
-    Ram(Ram),
-}
-
-impl Engine {
-    fn size(&self) -> u64 {
-        match self {
-            Self::File(volume) => volume.size(),
-            Self::Ram(ram) => ram.size(),
-        }
-    }
-
-    fn grow(&mut self, size: u64) {
-        match self {
-            Self::File(volume) => volume.grow(size),
-            Self::Ram(ram) => ram.grow(size),
-        }
-    }
-
-    fn has_failed(&self) -> bool {
-        matches!(self, Self::File(volume) if volume.has_failed())
-    }
-
-    fn is_idle(&self) -> bool {
-        match self {
-            Self::File(volume) => volume.is_idle(),
-            Self::Ram(_) => true,
-        }
-    }
-
-    /// Starts a request; what has ended by then is appended to `ended`.
-    fn submit(&mut self, device: &mut dyn FileDevice, tag: u64, request: Request, ended: &mut Vec<Completion>) {
-        match self {
-            Self::File(volume) => {
-                volume.submit(device, tag, request);
-                ended.extend(volume.finished());
-            }
-            Self::Ram(ram) => ended.push(ram.execute(tag, request)),
-        }
-    }
-}
-
-enum Drain {
-    Connect { connection: usize, slot: usize },
-    Reply(Sender<()>),
-    Remove(Sender<()>),
 }
 
 /// The shard.
@@ -650,76 +587,6 @@ impl Shard {
         self.touched.push(key);
     }
 
-    /// Executes a command of an admin queue.
-    fn admin(&mut self, key: usize, slot: usize, queue: Queue) {
-        let Some(connection) = self.connections.get_mut(key) else { return };
-        let reached = connection.stream().local_addr().unwrap_or(self.shared.address);
-        let Some(command) = connection.command_mut(slot) else { return };
-        let (sqe, len) = (command.sqe, command.len);
-        let served = queue.volume.and_then(|volume| self.volumes.get(crate::bytes::narrow(volume.into())));
-        let Some(controller) = self.controllers.get_mut(&queue.controller) else { return };
-        controller.seen(self.now);
-        let (shared, host) = (&self.shared, controller.host.nqn.clone());
-        let under_way = queues_length(&self.connections, queue.volume);
-        let facts = Facts {
-            volume: served.map(|served| VolumeFacts {
-                id: &served.spec.id,
-                size_bytes: served.engine.size(),
-                shared: served.spec.access != Access::Exclusive,
-                failed: served.engine.has_failed(),
-                traffic: &served.traffic,
-                queue_length: under_way,
-            }),
-            discovery_log: &|| discovery_log(shared, reached, &host),
-            now: self.now,
-        };
-        match controller.admin(slot, &sqe, &facts) {
-            Answer::Value(dw0) => self.answer(key, slot, NvmeStatus::SUCCESS, dw0),
-            // nvme-cli asks for every property that there might be, and takes the plain status for "not here".
-            Answer::Fail(status) if sqe.opcode() == opcode::FABRICS => self.answer(key, slot, status, 0),
-            Answer::Fail(status) => self.answer(key, slot, status.dnr(), 0),
-            Answer::Held => self.events(queue.controller),
-            Answer::Data(mut page) => {
-                page.resize(len, 0);
-                if let Some(connection) = self.connections.get_mut(key) {
-                    connection.respond_data(slot, page, len);
-                    self.touched.push(key);
-                }
-            }
-            Answer::Reset => {
-                let io = std::mem::take(&mut controller.io);
-                let held = std::mem::take(&mut controller.event_requests);
-                for (_, connection) in io {
-                    self.kill(connection);
-                }
-                for (held, _) in held {
-                    self.answer(key, held, NvmeStatus::ABORTED_SQ_DELETION, 0);
-                }
-                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
-            }
-            Answer::Abort(held) => {
-                self.answer(key, held, NvmeStatus::ABORTED, 0);
-                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
-            }
-            Answer::ShutDown => {
-                let volume = crate::bytes::narrow(queue.volume.unwrap_or(u32::MAX).into());
-                self.request(volume, SHUTDOWN | u64::from(queue.controller), Request::Flush, Cost::of_command());
-                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
-            }
-        }
-        // The log was read, or events were asked for: the next one may go.
-        self.events(queue.controller);
-    }
-
-    /// Sends an event if there is one and a request for it.
-    fn events(&mut self, controller: u16) {
-        let Some(controller) = self.controllers.get_mut(&controller) else { return };
-        if let Some((slot, dw0)) = controller.next_event() {
-            let key = controller.admin;
-            self.answer(key, slot, NvmeStatus::SUCCESS, dw0);
-        }
-    }
-
     /// Looks at the timers.
     fn scan(&mut self) {
         if self.now < self.next_scan {
@@ -746,38 +613,6 @@ impl Shard {
     }
 }
 
-/// Commands of a volume's queues that have not ended.
-fn queues_length(connections: &slab::Slab<Box<Connection>>, volume: Option<u32>) -> u64 {
-    let queues = connections.iter().filter(|(_, one)| one.queue.is_some_and(|queue| queue.id > 0 && queue.volume == volume));
-    crate::bytes::wide(queues.map(|(_, one)| one.executing).sum())
-}
-
-/// Counts a command that has ended.
-fn account(traffic: &mut Traffic, counting: &Counting, opcode: u8, len: usize, error: Option<NvmeStatus>, took: Duration) {
-    let bytes = crate::bytes::wide(len);
-    match (error, opcode) {
-        (None, opcode::READ) => {
-            traffic.reads.add(bytes, took);
-            count(&counting.reads, 1);
-            count(&counting.read_bytes, bytes);
-        }
-        (None, opcode::WRITE) => {
-            traffic.writes.add(bytes, took);
-            count(&counting.writes, 1);
-            count(&counting.write_bytes, bytes);
-        }
-        (None, opcode::FLUSH) => count(&counting.flushes, 1),
-        (None, opcode::COMPARE | opcode::VERIFY) => count(&counting.verifies, 1),
-        (None, _) => count(&counting.zeroes, 1),
-        (Some(status), _) => {
-            if status.is(NvmeStatus::READ_ERROR) || status.is(NvmeStatus::WRITE_FAULT) {
-                traffic.media_errors += 1;
-            }
-            count(&counting.commands_failed, 1);
-        }
-    }
-}
-
 fn has_zombies(connections: &slab::Slab<Box<Connection>>, volume: usize) -> bool {
     let key = u32::try_from(volume).ok();
     connections.iter().any(|(_, one)| one.dead && one.queue.is_some_and(|queue| queue.volume == key))
@@ -789,76 +624,4 @@ fn tag(connection: usize, slot: usize) -> u64 {
 
 fn untag(tag: u64) -> (usize, usize) {
     (crate::bytes::narrow(tag >> 32), crate::bytes::narrow(tag & 0xffff_ffff))
-}
-
-fn status_of(error: &VolumeError) -> NvmeStatus {
-    match error {
-        VolumeError::OutOfRange { .. } => NvmeStatus::LBA_RANGE.dnr(),
-        VolumeError::Write(source) if source.kind() == io::ErrorKind::StorageFull => NvmeStatus::CAPACITY.dnr(),
-        VolumeError::Failed | VolumeError::Write(_) | VolumeError::Flush(_) => NvmeStatus::WRITE_FAULT.dnr(),
-        VolumeError::Read(_) => NvmeStatus::READ_ERROR.dnr(),
-    }
-}
-
-/// What an I/O command asks of the volume.
-enum Work {
-    Nothing,
-    One(Request, Cost),
-    /// Dataset Management with several ranges.
-    Many(Vec<Request>),
-}
-
-/// A command's blocks as bytes, if the volume has them.
-fn byte_range(lba: u64, blocks: u64, size: u64) -> Result<(u64, u64), NvmeStatus> {
-    let end = lba.checked_add(blocks).ok_or(NvmeStatus::LBA_RANGE)?;
-    if end > size / BLOCK { Err(NvmeStatus::LBA_RANGE) } else { Ok((lba * BLOCK, blocks * BLOCK)) }
-}
-
-fn requests(command: &mut Command, buffers: &mut Buffers, size: u64) -> Result<Work, NvmeStatus> {
-    let (sqe, data_len) = (command.sqe, command.len);
-    let flush = sqe.opcode() == opcode::FLUSH;
-    if sqe.nsid() != NSID && !(flush && sqe.nsid() == NSID_ALL) {
-        return Err(NvmeStatus::INVALID_NAMESPACE);
-    }
-    let range = |lba: u64, blocks: u64| byte_range(lba, blocks, size);
-    if sqe.opcode() == opcode::DATASET_MANAGEMENT {
-        // Hints about access are taken and change nothing; only Deallocate (bit 2) does.
-        let deallocate = sqe.dword(11) & 1 << 2 != 0;
-        let mut requests = Vec::new();
-        for entry in command.buffer.get(..data_len).unwrap_or_default().chunks_exact(16) {
-            let (offset, len) = range(crate::bytes::u64_at(entry, 8), crate::bytes::u32_at(entry, 4).into())?;
-            if deallocate && len > 0 {
-                requests.push(Request::Discard { offset, len });
-            }
-        }
-        return Ok(if requests.is_empty() { Work::Nothing } else { Work::Many(requests) });
-    }
-    if flush {
-        return Ok(Work::One(Request::Flush, Cost::of_command()));
-    }
-    let (offset, len) = range(sqe.lba(), sqe.blocks())?;
-    let (request, cost) = match sqe.opcode() {
-        opcode::READ => (Request::Read { offset, len, buffer: std::mem::take(&mut command.buffer) }, Cost::of_transfer(len)),
-        // What is compared stays with the command; the blocks come into a buffer of their own.
-        opcode::COMPARE | opcode::VERIFY => {
-            (Request::Read { offset, len, buffer: buffers.take(crate::bytes::narrow(len)) }, Cost::of_transfer(len))
-        }
-        opcode::WRITE => {
-            let buffer = std::mem::take(&mut command.buffer);
-            (Request::Write { offset, len, buffer, fua: sqe.fua() }, Cost::of_transfer(len))
-        }
-        _ => (Request::Zeroes { offset, len, fua: sqe.fua() }, Cost::of_command()),
-    };
-    Ok(Work::One(request, cost))
-}
-
-/// The volumes of a host, at the address by which it came.
-fn discovery_log(shared: &Shared, address: SocketAddr, host: &str) -> Vec<u8> {
-    let entries: Vec<DiscoveryEntry> = shared
-        .places()
-        .iter()
-        .filter(|(_, place)| place.spec.admits(host))
-        .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address })
-        .collect();
-    log_page::discovery(shared.generation(), &entries)
 }

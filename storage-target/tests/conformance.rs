@@ -731,3 +731,46 @@ fn discovery() {
         &[0, 3],
     );
 }
+
+/// A volume in memory lends its bytes to sockets. When a host does not read its answers, and another one writes,
+/// then every block that is answered is still whole: the old one or the new one.
+#[test]
+fn a_block_that_waits_for_a_slow_host_is_never_half_old_and_half_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = TargetSettings { listen: ([127, 0, 0, 1], 0).into(), dir: dir.path().join("t"), images: dir.path().join("i") };
+    let target = Target::start_with(settings, &TargetOptions { shards: 1, ..TargetOptions::default() }).unwrap();
+    let access = Access::Shared(Vec::new());
+    target.volume_put(VolumeSpec { id: "v".into(), size_bytes: SIZE, access, ram: true, ..VolumeSpec::default() }).unwrap();
+    let (_admin, mut writer) = Raw::io(target.local_addr(), &volume_nqn("v"), 0);
+    let (_admin, mut reader) = Raw::io(target.local_addr(), &volume_nqn("v"), 0);
+    let mut fill = |value: u8| {
+        for part in 0..4 {
+            let Outcome::R2t { ttag, .. } = writer.run(write(part * 2048, 2048).there(1 << 20), &[]) else { panic!() };
+            for piece in pdus(&pieces(8, 131_072)) {
+                let mut piece = with_tag(piece, ttag);
+                piece[24..].fill(value);
+                writer.send_pdu(&piece);
+            }
+            assert!(matches!(writer.outcome(), Outcome::End { status: 0, .. }));
+        }
+    };
+    fill(1);
+    for round in 0..4_u8 {
+        // 32 MiB of answers: more than both ends of a socket hold.
+        for cid in 0..32_u16 {
+            reader.send_pdu(&cmd(read(u64::from(cid % 4) * 2048, 2048).u16(2, cid)));
+        }
+        fill(round + 2);
+        let mut old = 0;
+        for _ in 0..32 {
+            let Outcome::End { status: 0, data, .. } = reader.outcome() else { panic!() };
+            for block in data.chunks(512) {
+                assert!(block.iter().all(|byte| *byte == block[0]), "round {round}: a torn block");
+                assert!(block[0] == round + 1 || block[0] == round + 2, "round {round}: {}", block[0]);
+                old += usize::from(block[0] == round + 1);
+            }
+        }
+        // The writes were answered before the first answer was read: these blocks waited for longer than that.
+        assert!(old > 0, "round {round}: no answer waited while the writes came, so nothing was tried");
+    }
+}
