@@ -160,6 +160,7 @@ fn volume_put(parts: &Parts, id: &Id, spec: Spec) -> Result<(), String> {
         initiator_nqn: spec.initiator_nqn,
         iops: spec.iops,
         throughput_mib_s: spec.throughput_mib_s,
+        ..VolumeSpec::default()
     };
     target.volume_put(spec).map_err(text)
 }

@@ -8,9 +8,11 @@
 //! | `idle` | CPU and memory of a region of three cards without a guest |
 //! | `up` | seconds from `cargo rack up` on built binaries to ready |
 //! | `launch` | seconds from `RunInstances` to machine, and to the ssh banner |
+//! | `blocks` | operations per second and latency of any NVMe/TCP target |
 //! | `describe` | CPU of `DescribeInstances` by id, beside moto when it is there |
 
 mod api;
+mod blocks;
 mod figure;
 mod process;
 mod rack;
@@ -38,6 +40,8 @@ enum Command {
     Up,
     /// Seconds from `RunInstances` to the ssh banner of `mini`.
     Launch,
+    /// Block I/O against any NVMe/TCP target.
+    Blocks(Box<blocks::Arguments>),
     /// CPU per `DescribeInstances` by id.
     Describe {
         /// Instances that the account has, at most 90: the region has 192 cores.
@@ -54,10 +58,15 @@ enum Command {
 
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
+    let runs = arguments.runs;
     let report = match arguments.command {
         Command::Idle => rack::idle(arguments.runs)?,
         Command::Up => rack::up(arguments.runs)?,
         Command::Launch => rack::launch(arguments.runs)?,
+        Command::Blocks(arguments) => {
+            blocks::run(&arguments, runs)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Describe { instances, requests, moto } => api::describe(arguments.runs, instances, requests, moto.as_deref())?,
     };
     println!("{}", serde_json::to_string_pretty(&report)?);

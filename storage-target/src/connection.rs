@@ -1,28 +1,40 @@
 //! One TCP connection to a host, from bytes to commands and back: NVMe/TCP 1.0, sections 3.2 to 3.5.
 //!
-//!     Initial --ICReq/ICResp--> Open --broken PDU: C2HTermReq--> Closing
+//! ```text
+//! Initial --ICReq/ICResp--> Open --broken PDU: C2HTermReq--> Closing
+//! ```
 //!
 //! A turn reads once, decodes every PDU that came, and later writes all answers at once. Data of H2CData PDUs
 //! is received straight into its command's buffer. A command takes its buffer when it is admitted: one
 //! connection holds at most [`HELD_BYTES`] of read and write data, the rest of its commands wait in order.
 //!
+//! Where the volume keeps its blocks in memory, no buffer is needed. Data of a capsule stays where it was received
+//! until its command is executed, which has to be before the next receive; a read's answer *lends* the volume's own
+//! bytes to the socket. What the socket did not take at once may stay lent until the volume is about to change;
+//! then [`Connection::settle`] copies it, so that no block is sent half old and half new.
+//!
 //! The connection knows nothing of volumes: a command whose data is complete becomes *ready*, and whoever owns
 //! the connection executes it and answers by its slot. The slot is also the transfer tag of its R2T.
+
+mod output;
 
 use crate::buffers::Buffers;
 use crate::controller::{self, Queue};
 use crate::counters::{Counting, count};
 use crate::nvme::{Cqe, NvmeStatus, Sgl, Sqe};
 use crate::pdu::{self, Data, Digests, Fatal, FatalStatus, Head, Header, MAX_H2C_DATA, Side};
+use crate::ram::Ram;
+use output::Piece;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::time::Duration;
 
 /// Data that one connection may hold in buffers, in bytes.
 const HELD_BYTES: usize = 8 << 20;
 /// The most pieces of one writev.
-const PIECES: usize = 64;
+const PIECES: usize = 256;
 /// How long a host has to close after C2HTermReq.
 const CLOSING: Duration = Duration::from_secs(1);
 /// Sent heads are dropped when they have grown to this many bytes.
@@ -31,8 +43,10 @@ const HEADS_KEPT: usize = 64 * 1024;
 /// What became of a read from the socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Received {
-    /// The connection goes on.
+    /// The connection goes on, and something came.
     Open,
+    /// Nothing was there to read.
+    Nothing,
     /// The host is gone, or the connection is broken.
     Closed,
 }
@@ -41,7 +55,11 @@ pub(crate) enum Received {
 enum State {
     Initial,
     Open,
-    Closing { until: Duration },
+    /// `said`: the last word is with the socket, and so is the end.
+    Closing {
+        until: Duration,
+        said: bool,
+    },
 }
 
 /// Which way a command's data goes, and how much of it there is.
@@ -60,6 +78,8 @@ pub(crate) struct Command {
     pub buffer: Vec<u8>,
     /// Bytes of data.
     pub len: usize,
+    /// Where its data is among the bytes received last, while it is not in `buffer`.
+    pub inline: Range<usize>,
     /// Requests to the volume that are still under way.
     pub parts: usize,
     /// The first error of its requests.
@@ -96,20 +116,6 @@ struct Receiving {
     digest: Option<Vec<u8>>,
 }
 
-#[derive(Debug)]
-enum Piece {
-    /// A range of `heads`, from its start of all time.
-    Head {
-        start: usize,
-        len: usize,
-    },
-    Data {
-        buffer: Vec<u8>,
-        len: usize,
-        held: usize,
-    },
-}
-
 /// The connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
@@ -138,6 +144,10 @@ pub(crate) struct Connection {
     heads: Vec<u8>,
     heads_base: usize,
     pieces: VecDeque<Piece>,
+    /// How many of the pieces are lent.
+    lent: usize,
+    /// Where the PDU that is being handled began, among the bytes received last.
+    pdu_at: usize,
     /// Bytes of the first piece that were sent.
     sent: usize,
 }
@@ -167,6 +177,8 @@ impl Connection {
             heads: Vec::new(),
             heads_base: 0,
             pieces: VecDeque::new(),
+            lent: 0,
+            pdu_at: 0,
             sent: 0,
         })
     }
@@ -196,7 +208,7 @@ impl Connection {
             Ok((_, _, 0)) => return Received::Closed,
             Ok((direct, buffered, _)) => (direct, buffered),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                return Received::Open;
+                return Received::Nothing;
             }
             Err(_) => return Received::Closed,
         };
@@ -228,6 +240,7 @@ impl Connection {
                     return Received::Open;
                 }
             };
+            self.pdu_at = bytes.len() - rest.len();
             match self.handle(&head, rest, buffers, counting, now) {
                 Ok(Some(used)) => rest = rest.get(used..).unwrap_or_default(),
                 Ok(None) => break,
@@ -278,7 +291,7 @@ impl Connection {
                 let end = data_end + if head.data_digest { 4 } else { 0 };
                 let (Some(data), Some(_)) = (bytes.get(head.data_at..data_end), bytes.get(..end)) else { return Ok(None) };
                 let intact = !head.data_digest || crc32c::crc32c(data) == crate::bytes::u32_at(bytes, data_end);
-                self.command(Sqe(sqe), data, intact, buffers, counting, now).map_err(Some)?;
+                self.command(Sqe(sqe), (head.data_at, data), intact, buffers, counting, now).map_err(Some)?;
                 Ok(Some(end))
             }
             Header::H2cData(data) => {
@@ -292,7 +305,7 @@ impl Connection {
     fn command(
         &mut self,
         sqe: Sqe,
-        data: &[u8],
+        (data_at, data): (usize, &[u8]),
         intact: bool,
         buffers: &mut Buffers,
         counting: &Counting,
@@ -313,6 +326,7 @@ impl Connection {
         let slot = self.commands.insert(Command {
             sqe,
             buffer: Vec::new(),
+            inline: 0..0,
             len: 0,
             parts: 0,
             error: None,
@@ -326,14 +340,26 @@ impl Connection {
             let _ = self.respond(slot, NvmeStatus::TRANSIENT_TRANSPORT, 0);
             return Ok(());
         }
-        match self.data_of(&sqe, data) {
+        match self.data_of(&sqe, data.len()) {
             Err(status) => drop(self.respond(slot, status.dnr(), 0)),
             Ok(Placement::None) => self.ready.push_back(slot),
-            Ok(Placement::Here(data)) => {
+            Ok(Placement::Here(range)) => {
+                let in_place = self.is_in_place();
                 if let Some(command) = self.commands.get_mut(slot) {
-                    command.len = data.len();
-                    command.buffer = buffers.take(data.len());
-                    crate::bytes::put(&mut command.buffer, 0, data);
+                    command.len = range.len();
+                    if in_place {
+                        let at = self.pdu_at + data_at;
+                        command.inline = at + range.start..at + range.end;
+                    } else {
+                        command.buffer = buffers.take(range.len());
+                        crate::bytes::put(&mut command.buffer, 0, data.get(range).unwrap_or_default());
+                    }
+                }
+                self.ready.push_back(slot);
+            }
+            Ok(Placement::Later { len, reads: true }) if self.is_in_place() => {
+                if let Some(command) = self.commands.get_mut(slot) {
+                    command.len = len;
                 }
                 self.ready.push_back(slot);
             }
@@ -349,8 +375,14 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether data goes straight between the socket and the volume. Digests are made of what cannot change
+    /// any more, so with them it does not.
+    pub fn is_in_place(&self) -> bool {
+        !self.digests.data && self.queue.as_ref().is_some_and(|queue| queue.in_place && queue.id > 0)
+    }
+
     /// Where the command's data is, checked against what the command moves.
-    fn data_of<'a>(&self, sqe: &Sqe, data: &'a [u8]) -> Result<Placement<'a>, NvmeStatus> {
+    fn data_of(&self, sqe: &Sqe, in_capsule: usize) -> Result<Placement, NvmeStatus> {
         let transfer = controller::transfer(self.queue.as_ref(), sqe)?;
         match (transfer, sqe.sgl()) {
             (Transfer::None, _) => Ok(Placement::None),
@@ -362,7 +394,7 @@ impl Connection {
                     return Err(NvmeStatus::SGL_LENGTH);
                 }
                 let end = start.checked_add(len).ok_or(NvmeStatus::SGL_OFFSET)?;
-                data.get(start..end).map(Placement::Here).ok_or(NvmeStatus::SGL_OFFSET)
+                if end <= in_capsule { Ok(Placement::Here(start..end)) } else { Err(NvmeStatus::SGL_OFFSET) }
             }
             (Transfer::ToHost(_), Sgl::InCapsule { .. }) => Err(NvmeStatus::SGL_TYPE),
             (Transfer::ToController(len) | Transfer::ToHost(len), Sgl::Transport { len: given }) => {
@@ -417,6 +449,10 @@ impl Connection {
         if len == 0 || len > command.len - command.received {
             return Err(Fatal { fes: FatalStatus::DataRange, fei: 16 });
         }
+        // One R2T asks for all of a command's data, so the last PDU of both is the same.
+        if data.last != (len == command.len - command.received) {
+            return Err(Fatal { fes: FatalStatus::InvalidHeader, fei: 1 });
+        }
         self.receiving =
             Some(Receiving { slot, remaining: len, at: command.received, start: command.received, digest: digest.then(Vec::new) });
         Ok(())
@@ -463,6 +499,19 @@ impl Connection {
         rest
     }
 
+    /// Gives a command a buffer of its own: with the data that it has among the bytes received last, or for
+    /// the data that it reads.
+    pub fn own(&mut self, slot: usize, received: &[u8], buffers: &mut Buffers) {
+        let Some(command) = self.commands.get_mut(slot) else { return };
+        let inline = std::mem::take(&mut command.inline);
+        if command.buffer.len() < command.len {
+            command.buffer = buffers.take(command.len);
+            if let Some(data) = received.get(inline) {
+                crate::bytes::put(&mut command.buffer, 0, data);
+            }
+        }
+    }
+
     /// The next command whose data is complete.
     pub fn next_ready(&mut self) -> Option<usize> {
         self.ready.pop_front()
@@ -494,121 +543,12 @@ impl Connection {
         self.state == State::Open && !self.dead
     }
 
-    /// Answers a command with the first `len` bytes of a buffer.
-    pub fn respond_data(&mut self, slot: usize, buffer: Vec<u8>, len: usize) {
-        let Some(command) = self.commands.try_remove(slot) else { return };
-        let cid = command.sqe.cid();
-        self.cid_give(cid);
-        if !self.answers() {
-            self.held -= command.held.min(self.held);
-            return;
-        }
-        let success = self.queue.as_ref().is_some_and(|queue| queue.flow_control_off);
-        let data = Data { cid, ttag: 0, offset: 0, len: crate::bytes::narrow32(len), last: true, success };
-        let digest = self.digests.data.then(|| crc32c::crc32c(buffer.get(..len).unwrap_or_default()));
-        self.push_head(&Header::C2hData(data), len);
-        self.pieces.push_back(Piece::Data { buffer, len, held: command.held });
-        if let Some(digest) = digest {
-            self.push_bytes(|heads| heads.extend_from_slice(&digest.to_le_bytes()));
-        }
-        if !success {
-            self.push_response(cid, NvmeStatus::SUCCESS, 0);
-        }
-    }
-
-    fn push_response(&mut self, cid: u16, status: NvmeStatus, dw0: u64) {
-        let sq_head = self.queue.as_ref().map_or(0, Queue::head);
-        let cqe = Cqe { dw0, sq_head, cid, status }.encode();
-        self.push_head(&Header::Response { cqe }, 0);
-    }
-
-    fn push_head(&mut self, header: &Header, data_len: usize) {
-        let (digests, align) = (self.digests, self.align);
-        self.push_bytes(|heads| pdu::encode(heads, header, data_len, digests, align));
-    }
-
-    fn push_bytes(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
-        let before = self.heads.len();
-        write(&mut self.heads);
-        let added = self.heads.len() - before;
-        match self.pieces.back_mut() {
-            Some(Piece::Head { len, .. }) => *len += added,
-            _ => self.pieces.push_back(Piece::Head { start: self.heads_base + before, len: added }),
-        }
-    }
-
-    /// Something waits to be sent.
-    pub fn has_output(&self) -> bool {
-        !self.pieces.is_empty()
-    }
-
-    /// Sends as much as the socket takes.
-    pub fn send(&mut self, buffers: &mut Buffers) -> Received {
-        while self.has_output() {
-            let mut slices = [IoSlice::new(&[]); PIECES];
-            let mut used = 0;
-            for (slot, piece) in slices.iter_mut().zip(&self.pieces) {
-                let bytes = match piece {
-                    Piece::Head { start, len } => {
-                        let at = start - self.heads_base;
-                        self.heads.get(at..at + len)
-                    }
-                    Piece::Data { buffer, len, .. } => buffer.get(..*len),
-                };
-                let skip = if used == 0 { self.sent } else { 0 };
-                *slot = IoSlice::new(bytes.and_then(|bytes| bytes.get(skip..)).unwrap_or_default());
-                used += 1;
-            }
-            let slices = slices.get(..used).unwrap_or_default();
-            if slices.iter().all(|slice| slice.is_empty()) {
-                self.consume(0, buffers);
-                continue;
-            }
-            match (&self.stream).write_vectored(slices) {
-                Ok(0) => return Received::Closed,
-                Ok(count) => self.consume(count, buffers),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Received::Open,
-                Err(_) => return Received::Closed,
-            }
-        }
-        Received::Open
-    }
-
-    /// Drops what was sent, and lets waiting commands have its room.
-    fn consume(&mut self, count: usize, buffers: &mut Buffers) {
-        self.sent += count;
-        while let Some(piece) = self.pieces.front() {
-            let (Piece::Head { len, .. } | Piece::Data { len, .. }) = piece;
-            if self.sent < *len {
-                break;
-            }
-            self.sent -= len;
-            if let Some(Piece::Data { buffer, held, .. }) = self.pieces.pop_front() {
-                self.held -= held.min(self.held);
-                buffers.give(buffer);
-            }
-        }
-        match self.pieces.iter().find_map(|piece| if let Piece::Head { start, .. } = piece { Some(*start) } else { None }) {
-            None => {
-                self.heads_base += self.heads.len();
-                self.heads.clear();
-            }
-            Some(first) if first - self.heads_base > HEADS_KEPT => {
-                self.heads.drain(..first - self.heads_base);
-                self.heads_base = first;
-            }
-            Some(_) => {}
-        }
-        self.admit(buffers);
-    }
-
     /// Ends the connection because of a PDU that cannot be.
     fn terminate(&mut self, fatal: Fatal, refused: &[u8], counting: &Counting, now: Duration) {
         count(&counting.protocol_errors, 1);
         tracing::debug!(?fatal, "a PDU broke the protocol");
         self.push_bytes(|heads| pdu::encode_term(heads, Side::Controller, fatal, refused));
-        self.state = State::Closing { until: now + CLOSING };
+        self.close_soon(now);
         self.ready.clear();
         self.waiting.clear();
         self.receiving = None;
@@ -617,12 +557,12 @@ impl Connection {
 
     /// Lets the host read the last answer and close.
     pub fn close_soon(&mut self, now: Duration) {
-        self.state = State::Closing { until: now + CLOSING };
+        self.state = State::Closing { until: now + CLOSING, said: false };
     }
 
     /// Whether a connection that sent C2HTermReq has been given long enough.
     pub fn is_over(&self, now: Duration) -> bool {
-        matches!(self.state, State::Closing { until } if until <= now)
+        matches!(self.state, State::Closing { until, .. } if until <= now)
     }
 
     fn cid_take(&mut self, cid: u16) -> bool {
@@ -640,8 +580,12 @@ impl Connection {
     }
 }
 
-enum Placement<'a> {
+enum Placement {
     None,
-    Here(&'a [u8]),
-    Later { len: usize, reads: bool },
+    /// A range of the capsule's data.
+    Here(Range<usize>),
+    Later {
+        len: usize,
+        reads: bool,
+    },
 }

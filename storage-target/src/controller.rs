@@ -1,16 +1,37 @@
 //! A controller: what Connect makes, and the admin commands that it answers.
-//! NVMe over Fabrics 1.1 section 3 (Connect, properties), NVMe 1.4 section 5 (admin commands).
+//! NVM Express Base 2.0, sections 3.5 and 3.6 (enable, shutdown), 5 (admin commands) and 6 (Connect, properties).
 //!
 //! Volume controllers have one admin queue and up to 16 I/O queues; the discovery controller has an admin
 //! queue and a log page. All queues of a controller belong to one shard, and to one host: an I/O queue is
 //! refused unless host NQN and host identifier are those of the admin queue.
 
 use crate::connection::Transfer;
+use crate::identify::{self, ControllerIdentity};
+use crate::log_page::{self, ErrorEntry, page};
 use crate::nvme::{
-    self, BLOCK, ControllerIdentity, DISCOVERY_NQN, MAX_EVENT_REQUESTS, MAX_IO_QUEUES, MAX_TRANSFER, NSID, NSID_ALL, NvmeStatus, Sqe,
-    fabrics, opcode, property,
+    self, BLOCK, DISCOVERY_NQN, MAX_EVENT_REQUESTS, MAX_IO_QUEUES, MAX_TRANSFER, NSID, NSID_ALL, NvmeStatus, Sqe, fabrics, opcode, property,
 };
+use crate::traffic::Traffic;
+use std::collections::VecDeque;
 use std::time::Duration;
+
+/// The log pages of each kind of controller.
+const DISCOVERY_PAGES: [u8; 3] = [page::SUPPORTED, page::ERROR, page::DISCOVERY];
+const VOLUME_PAGES: [u8; 8] =
+    [page::SUPPORTED, page::ERROR, page::HEALTH, page::FIRMWARE, page::CHANGED_NAMESPACES, page::EFFECTS, page::FEATURES, page::EBS];
+const SHARED_PAGES: [u8; 9] = [
+    page::SUPPORTED,
+    page::ERROR,
+    page::HEALTH,
+    page::FIRMWARE,
+    page::CHANGED_NAMESPACES,
+    page::EFFECTS,
+    page::ANA,
+    page::FEATURES,
+    page::EBS,
+];
+/// Features: arbitration, power, temperature, error recovery, write cache, queues, events, keep alive, host identifier.
+const FEATURES: [u8; 9] = [0x01, 0x02, 0x04, 0x05, 0x06, 0x07, 0x0b, 0x0f, 0x81];
 
 /// A queue of a connected controller: what a connection has after Connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,13 +45,20 @@ pub(crate) struct Queue {
     pub size: u16,
     /// The host asked for completions without a queue head.
     pub flow_control_off: bool,
+    /// Data is read and written where the volume keeps it, and not in buffers.
+    pub in_place: bool,
     head: u16,
 }
 
 impl Queue {
     pub fn new(controller: u16, volume: Option<u32>, id: u16, size: u16, flow_control_off: bool) -> Self {
         // Connect itself was the queue's first entry.
-        Self { controller, volume, id, size, flow_control_off, head: 1 % size.max(1) }
+        Self { controller, volume, id, size, flow_control_off, in_place: false, head: 1 % size.max(1) }
+    }
+
+    /// The same queue, of a volume that keeps its blocks in memory.
+    pub fn in_place(self, in_place: bool) -> Self {
+        Self { in_place, ..self }
     }
 
     /// One more entry was taken.
@@ -49,7 +77,7 @@ impl Queue {
 /// # Errors
 /// The status that the command is answered with.
 pub(crate) fn transfer(queue: Option<&Queue>, sqe: &Sqe) -> Result<Transfer, NvmeStatus> {
-    if sqe.fuse() != 0 {
+    if sqe.fuse() != 0 || !matches!(sqe.psdt(), 1 | 2) {
         return Err(NvmeStatus::INVALID_FIELD);
     }
     let limited = |len: u64| match usize::try_from(len) {
@@ -63,6 +91,7 @@ pub(crate) fn transfer(queue: Option<&Queue>, sqe: &Sqe) -> Result<Transfer, Nvm
         Some(queue) if fabrics => match sqe.fctype() {
             fabrics::CONNECT => Err(NvmeStatus::SEQUENCE),
             fabrics::PROPERTY_GET | fabrics::PROPERTY_SET if queue.id == 0 => Ok(Transfer::None),
+            fabrics::DISCONNECT if queue.id > 0 && sqe.u16_at(40) != 0 => Err(NvmeStatus::CONNECT_FORMAT),
             fabrics::DISCONNECT if queue.id > 0 => Ok(Transfer::None),
             _ => Err(NvmeStatus::INVALID_OPCODE),
         },
@@ -77,7 +106,8 @@ pub(crate) fn transfer(queue: Option<&Queue>, sqe: &Sqe) -> Result<Transfer, Nvm
         },
         Some(_) => match sqe.opcode() {
             opcode::READ => Ok(Transfer::ToHost(limited(sqe.blocks() * BLOCK)?)),
-            opcode::WRITE => Ok(Transfer::ToController(limited(sqe.blocks() * BLOCK)?)),
+            opcode::VERIFY => limited(sqe.blocks() * BLOCK).map(|_| Transfer::None),
+            opcode::WRITE | opcode::COMPARE => Ok(Transfer::ToController(limited(sqe.blocks() * BLOCK)?)),
             opcode::DATASET_MANAGEMENT => Ok(Transfer::ToController(limited((u64::from(sqe.dword(10) & 0xff) + 1) * 16)?)),
             opcode::FLUSH | opcode::WRITE_ZEROES => Ok(Transfer::None),
             _ => Err(NvmeStatus::INVALID_OPCODE),
@@ -99,22 +129,24 @@ pub(crate) struct Host {
 
 /// What an admin command is answered from.
 pub(crate) struct Facts<'a> {
-    /// The volume's id and size in bytes; `None` on the discovery controller.
-    pub volume: Option<(&'a str, u64)>,
-    /// Bytes read and written, and commands: for the health log.
-    pub traffic: Traffic,
+    /// `None` on the discovery controller.
+    pub volume: Option<VolumeFacts<'a>>,
     /// The discovery log page, made when asked for.
     pub discovery_log: &'a dyn Fn() -> Vec<u8>,
     pub now: Duration,
 }
 
-/// What a volume did since the target started.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Traffic {
-    pub reads: u64,
-    pub writes: u64,
-    pub read_bytes: u64,
-    pub write_bytes: u64,
+/// What a controller tells about its volume.
+pub(crate) struct VolumeFacts<'a> {
+    pub id: &'a str,
+    pub size_bytes: u64,
+    /// Several hosts may have controllers at once.
+    pub shared: bool,
+    /// A flush failed: it is read-only.
+    pub failed: bool,
+    pub traffic: &'a Traffic,
+    /// Commands under way.
+    pub queue_length: u64,
 }
 
 /// How an admin command ends.
@@ -129,6 +161,18 @@ pub(crate) enum Answer {
     Held,
     /// Well, and the controller's I/O queues are gone.
     Reset,
+    /// Well, and a flush of the volume has to follow: the host shuts the controller down.
+    ShutDown,
+    /// Well, and so ends the held command in this slot.
+    Abort(usize),
+}
+
+/// How far a shutdown has come: SHST of CSTS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shutdown {
+    None,
+    Flushing,
+    Complete,
 }
 
 /// The controller.
@@ -141,17 +185,20 @@ pub(crate) struct Controller {
     pub admin: usize,
     /// The connections of I/O queues, with the queues' ids.
     pub io: Vec<(u16, usize)>,
-    /// Slots of Asynchronous Event Requests that wait.
-    pub event_requests: Vec<usize>,
+    /// Slots and command identifiers of Asynchronous Event Requests that wait.
+    pub event_requests: VecDeque<(usize, u16)>,
     configuration: u32,
-    shut_down: bool,
+    shutdown: Shutdown,
     keep_alive: Duration,
     seen: Duration,
     event_mask: u32,
-    /// The namespace changed, and the host has not read the log about it yet.
-    namespace_changed: bool,
+    /// The namespace, or the discovery log, changed, and the host has not read the log about it yet.
+    changed: bool,
     /// The host was told, and has not read the log since.
     event_sent: bool,
+    /// The last commands that failed, oldest first.
+    errors: VecDeque<ErrorEntry>,
+    error_count: u64,
 }
 
 impl Controller {
@@ -162,20 +209,22 @@ impl Controller {
             host,
             admin,
             io: Vec::new(),
-            event_requests: Vec::new(),
+            event_requests: VecDeque::new(),
             configuration: 0,
-            shut_down: false,
+            shutdown: Shutdown::None,
             keep_alive,
             seen: now,
             event_mask: 0,
-            namespace_changed: false,
+            changed: false,
             event_sent: false,
+            errors: VecDeque::new(),
+            error_count: 0,
         }
     }
 
     /// Takes I/O and admin commands other than properties.
     pub fn is_enabled(&self) -> bool {
-        self.configuration & 1 != 0 && !self.shut_down
+        self.configuration & 1 != 0 && self.shutdown == Shutdown::None
     }
 
     /// The host spoke.
@@ -188,20 +237,42 @@ impl Controller {
         !self.keep_alive.is_zero() && self.seen + self.keep_alive < now
     }
 
-    /// The namespace has another size.
-    pub fn namespace_changed(&mut self) {
-        self.namespace_changed = true;
+    /// The namespace has another size, or the discovery log other entries.
+    pub fn changed(&mut self) {
+        self.changed = true;
+    }
+
+    /// The flush of a shutdown has ended.
+    pub fn shut_down(&mut self) {
+        if self.shutdown == Shutdown::Flushing {
+            self.shutdown = Shutdown::Complete;
+        }
+    }
+
+    /// Remembers a command that failed, for the error log.
+    pub fn failed(&mut self, queue: u16, sqe: &Sqe, status: NvmeStatus) {
+        self.error_count += 1;
+        if self.errors.len() >= identify::ERROR_ENTRIES.into() {
+            self.errors.pop_front();
+        }
+        let lba = if queue > 0 { sqe.lba() } else { 0 };
+        let number = self.error_count;
+        self.errors.push_back(ErrorEntry { number, queue, cid: sqe.cid(), status, lba, nsid: sqe.nsid() });
     }
 
     /// An event for a waiting request: its slot and dword 0.
     pub fn next_event(&mut self) -> Option<(usize, u64)> {
-        let wanted = self.namespace_changed && !self.event_sent && self.event_mask & nvme::EVENT_NAMESPACE != 0;
-        if !wanted || self.event_requests.is_empty() {
+        // Notices: namespace attribute changed, log page 04h; discovery log page changed, log page 70h.
+        let (bit, event) = match self.volume {
+            Some(_) => (identify::EVENT_NAMESPACE, 0x0004_0002),
+            None => (identify::EVENT_DISCOVERY, 0x0070_f002),
+        };
+        if !self.changed || self.event_sent || self.event_mask & bit == 0 {
             return None;
         }
+        let (slot, _) = self.event_requests.pop_front()?;
         self.event_sent = true;
-        // Notice, namespace attribute changed, log page 04h.
-        Some((self.event_requests.remove(0), 0x0004_0002))
+        Some((slot, event))
     }
 
     /// Executes a command of the admin queue, properties included.
@@ -219,13 +290,22 @@ impl Controller {
             opcode::SET_FEATURES => self.feature_set(sqe, facts.now),
             opcode::ASYNC_EVENT_REQUEST if self.event_requests.len() >= MAX_EVENT_REQUESTS.into() => Answer::Fail(NvmeStatus::EVENT_LIMIT),
             opcode::ASYNC_EVENT_REQUEST => {
-                self.event_requests.push(slot);
+                self.event_requests.push_back((slot, sqe.cid()));
                 Answer::Held
             }
-            // Commands end by themselves and soon: none is ever aborted.
-            opcode::ABORT => Answer::Value(1),
+            opcode::ABORT => self.abort(sqe),
             opcode::KEEP_ALIVE => Answer::Value(0),
             _ => Answer::Fail(NvmeStatus::INVALID_OPCODE),
+        }
+    }
+
+    /// Event requests wait for ever and can be aborted; all else ends by itself and soon, and is not.
+    fn abort(&mut self, sqe: &Sqe) -> Answer {
+        let (queue, cid) = (sqe.u16_at(40), sqe.u16_at(42));
+        let held = self.event_requests.iter().position(|(_, waiting)| queue == 0 && *waiting == cid);
+        match held.and_then(|index| self.event_requests.remove(index)) {
+            Some((slot, _)) => Answer::Abort(slot),
+            None => Answer::Value(1),
         }
     }
 
@@ -235,7 +315,15 @@ impl Controller {
             (property::CAP, true) => Answer::Value(nvme::CAPABILITIES),
             (property::VS, false) => Answer::Value(nvme::VERSION.into()),
             (property::CC, false) => Answer::Value(self.configuration.into()),
-            (property::CSTS, false) => Answer::Value(u64::from(self.configuration & 1) | if self.shut_down { 2 << 2 } else { 0 }),
+            (property::CSTS, false) => {
+                let shutdown = match self.shutdown {
+                    Shutdown::None => 0,
+                    Shutdown::Flushing => 1,
+                    Shutdown::Complete => 2,
+                };
+                Answer::Value(u64::from(self.configuration & 1) | shutdown << 2)
+            }
+            (property::CRTO, false) => Answer::Value(nvme::READY_TIMEOUTS.into()),
             _ => Answer::Fail(NvmeStatus::INVALID_FIELD),
         }
     }
@@ -246,47 +334,50 @@ impl Controller {
             return Answer::Fail(NvmeStatus::INVALID_FIELD);
         }
         let enable = value & 1 != 0;
-        // CSS, MPS and AMS have one value each that CAP offers.
-        if enable && !was_enabled && value & 0x3ff0 != 0 {
+        // CSS, MPS, AMS and CRIME have one value each that CAP offers.
+        if enable && !was_enabled && value & 0x0100_3ff0 != 0 {
             return Answer::Fail(NvmeStatus::INVALID_FIELD);
         }
         self.configuration = value;
-        if value & 0xc000 != 0 {
-            self.shut_down = true;
-        }
         if enable && !was_enabled {
-            self.shut_down = false;
+            self.shutdown = Shutdown::None;
+        }
+        let shuts_down = value & 0xc000 != 0 && self.shutdown == Shutdown::None;
+        if shuts_down {
+            self.shutdown = if self.volume.is_some() { Shutdown::Flushing } else { Shutdown::Complete };
         }
         if was_enabled && !enable {
             self.event_mask = 0;
             self.event_sent = false;
             return Answer::Reset;
         }
-        Answer::Value(0)
+        if self.shutdown == Shutdown::Flushing && shuts_down { Answer::ShutDown } else { Answer::Value(0) }
     }
 
     fn identify(&self, sqe: &Sqe, facts: &Facts<'_>) -> Answer {
-        let (cns, nsid) = (sqe.dword(10) & 0xff, sqe.nsid());
+        let (cns, nsid, command_set) = (sqe.dword(10) & 0xff, sqe.nsid(), sqe.dword(11) >> 24);
         if cns == 0x01 {
-            let nqn = facts.volume.map_or_else(|| DISCOVERY_NQN.to_owned(), |(id, _)| nvme::volume_nqn(id));
-            return Answer::Data(nvme::identify_controller(&ControllerIdentity {
+            let nqn = facts.volume.as_ref().map_or_else(|| DISCOVERY_NQN.to_owned(), |volume| nvme::volume_nqn(volume.id));
+            return Answer::Data(identify::controller(&ControllerIdentity {
                 controller: self.id,
-                volume: facts.volume.map(|(id, _)| id),
+                volume: facts.volume.as_ref().map(|volume| volume.id),
                 subsystem_nqn: &nqn,
+                shared: facts.volume.as_ref().is_some_and(|volume| volume.shared),
             }));
         }
-        let Some((id, size)) = facts.volume else { return Answer::Fail(NvmeStatus::INVALID_FIELD) };
+        let Some(volume) = &facts.volume else { return Answer::Fail(NvmeStatus::INVALID_FIELD) };
+        // These name a command set; the NVM command set is number zero and the only one.
+        if matches!(cns, 0x05..=0x07) && command_set != 0 {
+            return Answer::Fail(NvmeStatus::INVALID_FIELD);
+        }
         match cns {
-            0x00 if nsid == NSID => Answer::Data(nvme::identify_namespace(id, size)),
-            0x02 if nsid < NSID_ALL - 1 => {
-                let mut page = vec![0; 4096];
-                if nsid < NSID {
-                    crate::bytes::put(&mut page, 0, &NSID.to_le_bytes());
-                }
-                Answer::Data(page)
-            }
-            0x03 if nsid == NSID => Answer::Data(nvme::identify_descriptors(id)),
-            0x00 | 0x02 | 0x03 => Answer::Fail(NvmeStatus::INVALID_NAMESPACE),
+            0x00 if nsid == NSID => Answer::Data(identify::namespace(volume.id, volume.size_bytes, volume.shared)),
+            0x02 | 0x07 if nsid < NSID_ALL - 1 => Answer::Data(identify::active_namespaces(nsid)),
+            0x03 if nsid == NSID => Answer::Data(identify::descriptors(volume.id)),
+            0x05 if nsid == NSID => Answer::Data(vec![0; 4096]), // without protection information it has nothing to tell
+            0x06 => Answer::Data(identify::nvm_controller()),
+            0x08 if nsid == NSID => Answer::Data(identify::independent_namespace(volume.shared)),
+            0x00 | 0x02 | 0x03 | 0x05 | 0x07 | 0x08 => Answer::Fail(NvmeStatus::INVALID_NAMESPACE),
             _ => Answer::Fail(NvmeStatus::INVALID_FIELD),
         }
     }
@@ -294,36 +385,31 @@ impl Controller {
     fn log_page(&mut self, sqe: &Sqe, facts: &Facts<'_>) -> Answer {
         let offset = u64::from(sqe.dword(12)) | u64::from(sqe.dword(13)) << 32;
         let keep_event = sqe.dword(10) & 1 << 15 != 0;
-        let page = match (sqe.dword(10) & 0xff, facts.volume) {
-            (0x01, _) => vec![0; 64],
-            (0x02, Some(_)) => health_log(facts.traffic),
-            (0x03, Some(_)) => {
-                let mut page = vec![0; 512];
-                crate::bytes::put(&mut page, 0, &[1]);
-                crate::bytes::put_ascii(&mut page, 8, 8, "1.0");
-                page
-            }
-            (0x04, Some(_)) => {
-                let mut page = vec![0; 4096];
-                if self.namespace_changed {
-                    crate::bytes::put(&mut page, 0, &NSID.to_le_bytes());
-                }
-                if !keep_event {
-                    self.namespace_changed = false;
-                    self.event_sent = false;
-                }
-                page
-            }
-            (0x70, None) => (facts.discovery_log)(),
-            _ => return Answer::Fail(NvmeStatus::INVALID_LOG_PAGE),
-        };
-        if offset % 4 != 0 {
+        let id = crate::bytes::u8_at(&sqe.0, 40);
+        if offset % 4 != 0 || sqe.dword(14) & 1 << 23 != 0 {
             return Answer::Fail(NvmeStatus::INVALID_FIELD);
         }
-        match page.get(crate::bytes::narrow(offset)..) {
-            Some(rest) => Answer::Data(rest.to_vec()),
-            None => Answer::Fail(NvmeStatus::INVALID_FIELD),
+        let data = match (id, &facts.volume) {
+            (page::SUPPORTED, Some(volume)) => log_page::supported(if volume.shared { &SHARED_PAGES } else { &VOLUME_PAGES }),
+            (page::SUPPORTED, None) => log_page::supported(&DISCOVERY_PAGES),
+            (page::ERROR, _) => log_page::errors(self.errors.iter().rev(), identify::ERROR_ENTRIES.into()),
+            (page::HEALTH, Some(_)) if !matches!(sqe.nsid(), 0 | NSID | NSID_ALL) => return Answer::Fail(NvmeStatus::INVALID_NAMESPACE),
+            (page::HEALTH, Some(volume)) => log_page::health(volume.traffic, volume.failed, self.error_count),
+            (page::FIRMWARE, Some(_)) => log_page::firmware(),
+            (page::CHANGED_NAMESPACES, Some(_)) => identify::active_namespaces(if self.changed { 0 } else { NSID }),
+            (page::EFFECTS, Some(_)) => log_page::effects(),
+            (page::ANA, Some(volume)) if volume.shared => log_page::ana(sqe.dword(10) >> 8 & 1 != 0),
+            (page::FEATURES, Some(_)) => log_page::features(&FEATURES),
+            (page::EBS, Some(volume)) => log_page::ebs(volume.traffic, volume.queue_length),
+            (page::DISCOVERY, None) => (facts.discovery_log)(),
+            _ => return Answer::Fail(NvmeStatus::INVALID_LOG_PAGE),
+        };
+        let Some(rest) = data.get(crate::bytes::narrow(offset)..) else { return Answer::Fail(NvmeStatus::INVALID_FIELD) };
+        // Reading the log about an event makes room for the next one.
+        if !keep_event && matches!(id, page::CHANGED_NAMESPACES | page::DISCOVERY) {
+            (self.changed, self.event_sent) = (false, false);
         }
+        Answer::Data(rest.to_vec())
     }
 
     fn feature_get(&self, sqe: &Sqe) -> Answer {
@@ -382,19 +468,6 @@ fn queue_counts() -> u32 {
     u32::from(MAX_IO_QUEUES - 1) | u32::from(MAX_IO_QUEUES - 1) << 16
 }
 
-/// SMART / Health Information, 02h: units of 512,000 bytes, rounded up.
-fn health_log(traffic: Traffic) -> Vec<u8> {
-    let mut page = vec![0; 512];
-    crate::bytes::put(&mut page, 1, &300_u16.to_le_bytes()); // kelvin
-    crate::bytes::put(&mut page, 3, &[100, 10]); // spare: percent available, threshold
-    for (at, value) in
-        [(32, traffic.read_bytes.div_ceil(512_000)), (48, traffic.write_bytes.div_ceil(512_000)), (64, traffic.reads), (80, traffic.writes)]
-    {
-        crate::bytes::put(&mut page, at, &value.to_le_bytes());
-    }
-    page
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -406,12 +479,9 @@ mod tests {
 
     fn run(controller: &mut Controller, sqe: Sqe) -> Answer {
         let log = || vec![0; 1024];
-        let facts = Facts {
-            volume: controller.volume.map(|_| ("vol-1", 1 << 30)),
-            traffic: Traffic::default(),
-            discovery_log: &log,
-            now: Duration::ZERO,
-        };
+        let traffic = Traffic::default();
+        let volume = VolumeFacts { id: "vol-1", size_bytes: 1 << 30, shared: false, failed: false, traffic: &traffic, queue_length: 0 };
+        let facts = Facts { volume: controller.volume.map(|_| volume), discovery_log: &log, now: Duration::ZERO };
         controller.admin(3, &sqe, &facts)
     }
 
@@ -432,7 +502,9 @@ mod tests {
         assert_eq!(run(&mut controller, property_set(0x0046_0001)), Answer::Value(0));
         assert_eq!(csts(&mut controller), Answer::Value(1));
         assert!(matches!(run(&mut controller, identify), Answer::Data(_)));
-        assert_eq!(run(&mut controller, property_set(0x0046_4001)), Answer::Value(0));
+        assert_eq!(run(&mut controller, property_set(0x0046_4001)), Answer::ShutDown);
+        assert_eq!(csts(&mut controller), Answer::Value(0b0101));
+        controller.shut_down();
         assert_eq!(csts(&mut controller), Answer::Value(0b1001));
         assert_eq!(run(&mut controller, identify), Answer::Fail(NvmeStatus::SEQUENCE));
         assert_eq!(run(&mut controller, property_set(0)), Answer::Reset);
@@ -447,9 +519,9 @@ mod tests {
         for expected in [Answer::Held, Answer::Held, Answer::Held, Answer::Held, Answer::Fail(NvmeStatus::EVENT_LIMIT)] {
             assert_eq!(run(&mut controller, Sqe::new(opcode::ASYNC_EVENT_REQUEST, 0, 0)), expected);
         }
-        controller.namespace_changed();
+        controller.changed();
         assert_eq!(controller.next_event(), None, "the host has not asked for it");
-        run(&mut controller, Sqe::new(opcode::SET_FEATURES, 0, 0).with(10, 0x0b).with(11, nvme::EVENT_NAMESPACE));
+        run(&mut controller, Sqe::new(opcode::SET_FEATURES, 0, 0).with(10, 0x0b).with(11, identify::EVENT_NAMESPACE));
         assert_eq!(controller.next_event(), Some((3, 0x0004_0002)));
         assert_eq!(controller.next_event(), None, "once until the log is read");
         let log = Sqe::new(opcode::GET_LOG_PAGE, 0, 0).with(10, 0x03ff_0004);

@@ -54,6 +54,8 @@ counters! {
     writes,
     /// Write Zeroes and Dataset Management commands answered.
     zeroes,
+    /// Compare and Verify commands answered.
+    verifies,
     /// Flushes answered.
     flushes,
     /// Bytes read.

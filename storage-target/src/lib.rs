@@ -6,9 +6,10 @@
 //! | `shard` | one thread: connections, commands, volumes, run to completion |
 //! | `connection`, `controller` | one socket; what Connect makes, and its admin commands |
 //! | `volume` | the block engine: clones of images, flushes, what survives which death |
-//! | `store`, `qos`, `counters` | folders of volumes; limits of their types; numbers |
+//! | `ram` | the blocks of a volume in memory |
+//! | `store`, `volume_type`, `qos`, `traffic`, `counters` | folders of volumes; limits of their types; numbers |
 //! | `io` | io_uring files, plain files, and a simulated disk for tests |
-//! | `pdu`, `nvme` | the formats of the wire |
+//! | `pdu`, `nvme`, `identify`, `log_page` | the formats of the wire |
 //! | [`Initiator`] | a volume as its card sees it: away at times, never lost |
 //!
 //! Threads own what they work on and no async runtime is needed. What decides (`volume`, `controller`, `qos`,
@@ -22,18 +23,24 @@ mod bytes;
 mod connection;
 mod controller;
 mod counters;
+mod identify;
 mod initiator;
 mod io;
+mod log_page;
 mod nvme;
 mod pdu;
 mod qos;
+mod ram;
 mod shard;
 mod store;
 mod target;
+mod traffic;
 mod volume;
+mod volume_type;
 
 pub use counters::Counters;
 pub use initiator::{Command, CommandEnd, Initiator, InitiatorCounters, InitiatorSettings, Lba};
 pub use nvme::{NvmeStatus, volume_nqn};
 pub use pdu::Digests;
-pub use target::{Target, TargetError, TargetSettings, VolumeSpec, VolumeStatus};
+pub use target::{Access, Target, TargetError, TargetOptions, TargetSettings, VolumeSpec, VolumeStatus};
+pub use volume_type::VolumeType;

@@ -1,15 +1,15 @@
-//! NVM Express Base 1.4 and NVMe over Fabrics 1.1: queue entries, status codes, identify structures.
+//! NVM Express Base 2.0 and NVM Command Set 1.0: queue entries and status codes.
 //!
 //! Offsets are those of the standards' tables. A submission queue entry is 64 bytes, a completion 16.
 
-use crate::bytes::{array_at, put, put_ascii, u8_at, u16_at, u32_at, u64_at};
+use crate::bytes::{array_at, put, u8_at, u16_at, u32_at, u64_at};
 
 /// Bytes of a logical block: EBS volumes have 512.
 pub const BLOCK: u64 = 512;
 /// MDTS: the largest data of one command, in bytes.
 pub const MAX_TRANSFER: u64 = 1 << 20;
 /// The deepest queue that a host may ask for, in entries.
-pub(crate) const MAX_QUEUE: u16 = 128;
+pub(crate) const MAX_QUEUE: u16 = 256;
 /// The most I/O queues of one controller.
 pub(crate) const MAX_IO_QUEUES: u16 = 16;
 /// The most Asynchronous Event Requests that a controller holds.
@@ -20,9 +20,14 @@ pub const DISCOVERY_NQN: &str = "nqn.2014-08.org.nvmexpress.discovery";
 pub(crate) const NSID: u32 = 1;
 /// "All namespaces."
 pub(crate) const NSID_ALL: u32 = 0xffff_ffff;
-const VERSION_1_4: u32 = 0x0001_0400;
-const EBS_VENDOR: u16 = 0x1d0f;
-const EBS_OUI: [u8; 3] = [0xdc, 0x02, 0xa0];
+/// VS: NVM Express 2.0.
+pub(crate) const VERSION: u32 = 0x0002_0000;
+/// How long a controller may take until it is ready, in half seconds.
+const READY_TIMEOUT: u32 = 20;
+/// CAP: contiguous queues, 10 s to become ready, the NVM command set, 4 KiB pages, ready with media.
+pub(crate) const CAPABILITIES: u64 = (MAX_QUEUE as u64 - 1) | 1 << 16 | (READY_TIMEOUT as u64) << 24 | 1 << 37 | 1 << 59;
+/// CRTO: the same time, once more.
+pub(crate) const READY_TIMEOUTS: u32 = READY_TIMEOUT;
 
 /// The NQN of a volume's subsystem.
 #[must_use]
@@ -41,8 +46,10 @@ pub(crate) mod opcode {
     pub const FLUSH: u8 = 0x00;
     pub const WRITE: u8 = 0x01;
     pub const READ: u8 = 0x02;
+    pub const COMPARE: u8 = 0x05;
     pub const WRITE_ZEROES: u8 = 0x08;
     pub const DATASET_MANAGEMENT: u8 = 0x09;
+    pub const VERIFY: u8 = 0x0c;
     pub const GET_LOG_PAGE: u8 = 0x02;
     pub const IDENTIFY: u8 = 0x06;
     pub const ABORT: u8 = 0x08;
@@ -66,6 +73,7 @@ pub(crate) mod property {
     pub const VS: u32 = 0x08;
     pub const CC: u32 = 0x14;
     pub const CSTS: u32 = 0x1c;
+    pub const CRTO: u32 = 0x68;
 }
 
 /// A completion's status: SC in bits 7:0, SCT in 10:8, Do Not Retry in 14.
@@ -102,6 +110,8 @@ statuses! {
     DATA_TRANSFER = 0x004, "Data Transfer Error";
     /// Something broke inside of the controller.
     INTERNAL = 0x006, "Internal Error";
+    /// The host asked for its end.
+    ABORTED = 0x007, "Command Abort Requested";
     /// The connection that it came by is gone.
     ABORTED_SQ_DELETION = 0x008, "Command Aborted due to SQ Deletion";
     /// There is no such namespace.
@@ -142,6 +152,8 @@ statuses! {
     WRITE_FAULT = 0x280, "Write Fault";
     /// The blocks could not be read.
     READ_ERROR = 0x281, "Unrecovered Read Error";
+    /// The blocks are not what they were compared with.
+    COMPARE_FAILURE = 0x285, "Compare Failure";
 }
 
 impl NvmeStatus {
@@ -219,6 +231,11 @@ impl Sqe {
 
     pub fn opcode(&self) -> u8 {
         u8_at(&self.0, 0)
+    }
+
+    /// PSDT: how data is described; zero would be PRP lists, which fabrics do not have.
+    pub fn psdt(&self) -> u8 {
+        u8_at(&self.0, 1) >> 6
     }
 
     /// Fused operations are not supported: any value but zero is refused.
@@ -334,123 +351,6 @@ impl ConnectData {
     }
 }
 
-/// What a controller says about itself.
-pub(crate) struct ControllerIdentity<'a> {
-    pub controller: u16,
-    /// `None`: the discovery controller.
-    pub volume: Option<&'a str>,
-    pub subsystem_nqn: &'a str,
-}
-
-/// CAP: contiguous queues, 10 s to become ready, the NVM command set, 4 KiB pages.
-pub(crate) const CAPABILITIES: u64 = (MAX_QUEUE as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37;
-/// VS: NVM Express 1.4.
-pub(crate) const VERSION: u32 = VERSION_1_4;
-/// OAES and the Asynchronous Event Configuration feature: namespace attributes changed.
-pub(crate) const EVENT_NAMESPACE: u32 = 1 << 8;
-
-/// Identify Controller, CNS 01h, with the identity of an EBS volume.
-pub(crate) fn identify_controller(who: &ControllerIdentity<'_>) -> Vec<u8> {
-    let mut page = vec![0; 4096];
-    let serial = who.volume.map_or_else(|| "discovery".to_owned(), |id| id.replace('-', ""));
-    put(&mut page, 0, &EBS_VENDOR.to_le_bytes());
-    put(&mut page, 2, &EBS_VENDOR.to_le_bytes());
-    put_ascii(&mut page, 4, 20, &serial);
-    put_ascii(&mut page, 24, 40, "Amazon Elastic Block Store");
-    put_ascii(&mut page, 64, 8, "1.0");
-    put(&mut page, 73, &EBS_OUI);
-    put(&mut page, 77, &[8]); // MDTS: 2^8 pages of 4 KiB
-    put(&mut page, 78, &who.controller.to_le_bytes());
-    put(&mut page, 80, &VERSION_1_4.to_le_bytes());
-    let (events, kind) = if who.volume.is_some() { (EVENT_NAMESPACE, 1) } else { (0, 2) };
-    put(&mut page, 92, &events.to_le_bytes());
-    put(&mut page, 96, &1_u32.to_le_bytes()); // CTRATT: 128-bit host identifiers
-    put(&mut page, 111, &[kind]);
-    put(&mut page, 258, &[3, MAX_EVENT_REQUESTS - 1]); // ACL, AERL
-    put(&mut page, 260, &[0x03]); // FRMW: one slot, read only
-    put(&mut page, 261, &[0x04]); // LPA: extended data for Get Log Page
-    put(&mut page, 320, &1_u16.to_le_bytes()); // KAS: steps of 100 ms
-    put(&mut page, 514, &MAX_QUEUE.to_le_bytes()); // MAXCMD
-    put(&mut page, 536, &0x0030_0001_u32.to_le_bytes()); // SGLS: any alignment, offsets, transport blocks
-    put(&mut page, 768, who.subsystem_nqn.as_bytes());
-    put(&mut page, 1803, &[1]); // MSDBD
-    if let Some(volume) = who.volume {
-        put(&mut page, 266, &343_u16.to_le_bytes()); // WCTEMP
-        put(&mut page, 268, &353_u16.to_le_bytes()); // CCTEMP
-        put(&mut page, 512, &[0x66, 0x44]); // SQES, CQES
-        put(&mut page, 516, &1_u32.to_le_bytes()); // NN
-        put(&mut page, 520, &0x000c_u16.to_le_bytes()); // ONCS: write zeroes, dataset management
-        put(&mut page, 525, &[0x07]); // VWC: present; flush takes FFFFFFFFh too
-        put(&mut page, 1792, &CAPSULE_UNITS.to_le_bytes()); // IOCCSZ
-        put(&mut page, 1796, &1_u32.to_le_bytes()); // IORCSZ
-        put_ascii(&mut page, 3072, 32, ""); // the device name is the card's to give
-        debug_assert!(!volume.is_empty());
-    }
-    page
-}
-
-/// IOCCSZ: entry and in-capsule data in units of 16 bytes.
-const CAPSULE_UNITS: u32 = (64 + crate::pdu::IN_CAPSULE) / 16;
-
-/// Identify Namespace, CNS 00h: one format of 512-byte blocks, thin, deallocated blocks read zero.
-pub(crate) fn identify_namespace(volume: &str, size_bytes: u64) -> Vec<u8> {
-    let mut page = vec![0; 4096];
-    let blocks = size_bytes / BLOCK;
-    put(&mut page, 0, &blocks.to_le_bytes()); // NSZE
-    put(&mut page, 8, &blocks.to_le_bytes()); // NCAP
-    put(&mut page, 16, &blocks.to_le_bytes()); // NUSE
-    put(&mut page, 33, &[0x09]); // DLFEAT: reads zero; write zeroes may deallocate
-    put(&mut page, 104, &namespace_guid(volume));
-    put(&mut page, 128 + 2, &[9]); // LBAF0: 2^9 bytes
-    put_ascii(&mut page, 384, 32, ""); // vendor area of EBS: mount name, then volume id
-    put_ascii(&mut page, 416, 32, volume);
-    page
-}
-
-/// Namespace Identification Descriptor list, CNS 03h: the NGUID.
-pub(crate) fn identify_descriptors(volume: &str) -> Vec<u8> {
-    let mut page = vec![0; 4096];
-    put(&mut page, 0, &[2, 16]);
-    put(&mut page, 4, &namespace_guid(volume));
-    page
-}
-
-/// A stable NGUID: FNV-1a of the volume's id around the vendor's OUI.
-fn namespace_guid(volume: &str) -> [u8; 16] {
-    let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
-    for byte in volume.bytes() {
-        hash = (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
-    }
-    let mut guid = hash.to_be_bytes();
-    put(&mut guid, 8, &[0xa0, 0x02, 0xdc]);
-    guid
-}
-
-/// One entry of the discovery log page.
-pub(crate) struct DiscoveryEntry {
-    pub subsystem_nqn: String,
-    pub address: std::net::SocketAddr,
-}
-
-/// The discovery log page, 70h: a header of 1,024 bytes and as much for each entry.
-pub(crate) fn discovery_log(generation: u64, entries: &[DiscoveryEntry]) -> Vec<u8> {
-    let mut page = vec![0; 1024 * (1 + entries.len())];
-    put(&mut page, 0, &generation.to_le_bytes());
-    put(&mut page, 8, &crate::bytes::wide(entries.len()).to_le_bytes());
-    for (index, entry) in entries.iter().enumerate() {
-        let at = 1024 * (1 + index);
-        let family = if entry.address.is_ipv4() { 1 } else { 2 };
-        put(&mut page, at, &[3, family, 2, 0x02]); // TCP, address family, NVM subsystem, secure channel not required
-        put(&mut page, at + 4, &1_u16.to_le_bytes()); // PORTID
-        put(&mut page, at + 6, &0xffff_u16.to_le_bytes()); // CNTLID: dynamic
-        put(&mut page, at + 8, &MAX_QUEUE.to_le_bytes()); // ASQSZ
-        put_ascii(&mut page, at + 32, 32, &entry.address.port().to_string());
-        put(&mut page, at + 256, entry.subsystem_nqn.as_bytes());
-        put_ascii(&mut page, at + 512, 256, &entry.address.ip().to_string());
-    }
-    page
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -486,23 +386,6 @@ mod tests {
     }
 
     #[test]
-    fn identity_is_that_of_ebs() {
-        let page = identify_controller(&ControllerIdentity {
-            controller: 3,
-            volume: Some("vol-0123456789abcdef0"),
-            subsystem_nqn: &volume_nqn("vol-0123456789abcdef0"),
-        });
-        assert_eq!(page[..2], 0x1d0f_u16.to_le_bytes());
-        assert_eq!(&page[4..24], b"vol0123456789abcdef0");
-        assert_eq!(&page[24..50], b"Amazon Elastic Block Store");
-        let namespace = identify_namespace("vol-0123456789abcdef0", 1 << 30);
-        assert_eq!(u64_at(&namespace, 0), (1 << 30) / 512);
-        assert_eq!(&namespace[416..437], b"vol-0123456789abcdef0");
-        assert_eq!(&namespace[104 + 8..104 + 11], [0xa0, 0x02, 0xdc]);
-        assert_ne!(namespace_guid("vol-1"), namespace_guid("vol-2"));
-    }
-
-    #[test]
     fn connect_data_refuses_names_without_an_end() {
         let data = ConnectData {
             host_id: [9; 16],
@@ -515,14 +398,5 @@ mod tests {
         bytes[512..768].fill(b'x');
         assert_eq!(ConnectData::decode(&bytes), Err(512));
         assert_eq!(ConnectData::decode(&[]), Err(256));
-    }
-
-    #[test]
-    fn discovery_entries_name_address_and_port() {
-        let page = discovery_log(9, &[DiscoveryEntry { subsystem_nqn: volume_nqn("vol-1"), address: "127.0.0.1:4420".parse().unwrap() }]);
-        assert_eq!((page.len(), u64_at(&page, 0), u64_at(&page, 8)), (2048, 9, 1));
-        assert_eq!(&page[1024..1028], [3, 1, 2, 2]);
-        assert_eq!(&page[1024 + 32..1024 + 37], b"4420 ");
-        assert_eq!(&page[1024 + 512..1024 + 522], b"127.0.0.1 ");
     }
 }

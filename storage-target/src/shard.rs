@@ -1,8 +1,12 @@
 //! One thread, its connections, its volumes: the target's loop.
 //!
-//! A turn: wait; read each ready socket once and decode everything; start the I/O of all commands as one
+//! A turn: wait; read each ready socket once, decode everything and start it; do the I/O of all commands as one
 //! batch; take what has ended; write each connection's answers at once. Nothing in a turn waits for a disk, but
-//! for what `io::uring` says about writes into the page cache.
+//! for what `io::uring` says about writes into the page cache. Volumes in memory need no batch: their commands end
+//! as they are executed, without a buffer (`in_place`).
+//!
+//! Waiting is adaptive (`wait`): sockets that spoke last are read again before the thread asks epoll for others,
+//! and while hosts answer within microseconds, so is the thread awake.
 //!
 //! The first shard also accepts. A connection starts there; its Connect names a volume, and when another
 //! shard owns that volume the whole connection moves. From then on no data is shared between threads.
@@ -11,22 +15,29 @@
 //! the volume has ended: when a card dies and starts again, a write that its old socket still held cannot
 //! land after a write of the new one. The same holds for a change of the volume's initiator.
 
+mod admin;
 mod connect;
+mod in_place;
 mod manage;
+mod served;
+mod wait;
+mod work;
 
 use crate::buffers::Buffers;
-use crate::connection::{Connection, Received};
-use crate::controller::{Answer, Controller, Facts, Host, Queue, Traffic};
-use crate::counters::count;
+use crate::connection::{Command, Connection, Received};
+use crate::controller::{Answer, Controller, Facts, Host, Queue, VolumeFacts};
+use crate::counters::{Counting, count};
 use crate::io::{self as device, FileDevice, Finished};
-use crate::nvme::{
-    self, BLOCK, ConnectData, DISCOVERY_NQN, DiscoveryEntry, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus, Sqe, opcode,
-};
+use crate::log_page::{self, DiscoveryEntry};
+use crate::nvme::{self, BLOCK, ConnectData, DISCOVERY_NQN, MAX_IO_QUEUES, MAX_QUEUE, NSID, NSID_ALL, NvmeStatus, opcode};
 use crate::qos::{Cost, Qos};
+use crate::ram::Ram;
 use crate::store::{self, VolumeFiles};
-use crate::target::{Shared, VolumeSpec, VolumeStatus};
+use crate::target::{Access, Shared, VolumeSpec, VolumeStatus};
+use crate::traffic::Traffic;
 use crate::volume::{CloneFiles, Completion, Request, Volume, VolumeError};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use served::{Drain, Engine, Served};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -36,6 +47,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
+use work::{Work, account, byte_range, requests, status_of};
 
 /// Connections that may be open without having said who they are.
 const MAX_STRANGERS: usize = 64;
@@ -47,6 +59,13 @@ const SCAN: Duration = Duration::from_millis(500);
 const SCRATCH: usize = 256 * 1024;
 /// Events taken in one turn.
 const MAX_EVENTS: usize = 64;
+
+/// How long a stop waits for the disk.
+const LAST_FLUSH: Duration = Duration::from_secs(60);
+/// The tag of a request that no connection waits for.
+const NOBODY: u64 = u64::MAX;
+/// Tags of the flushes of shutdowns: this, and the controller's identifier.
+const SHUTDOWN: u64 = 0xffff_fffe << 32;
 
 const WAKE: u64 = u64::MAX;
 const DEVICE: u64 = u64::MAX - 1;
@@ -81,7 +100,8 @@ impl Wake {
 #[derive(Debug)]
 pub(crate) struct Opened {
     pub spec: VolumeSpec,
-    pub files: VolumeFiles,
+    /// `None`: a volume in memory.
+    pub files: Option<VolumeFiles>,
     pub folder: PathBuf,
 }
 
@@ -109,27 +129,9 @@ pub(crate) enum Message {
         connection: Box<Connection>,
         slot: usize,
     },
+    /// Other volumes than before are served, or for other hosts.
+    DiscoveryChanged,
     Stop,
-}
-
-/// A volume and what stands before it.
-struct Served {
-    spec: VolumeSpec,
-    folder: PathBuf,
-    volume: Volume,
-    qos: Qos,
-    /// Requests that the limits hold back, in order.
-    throttled: VecDeque<(u64, Request, Cost)>,
-    traffic: Traffic,
-    failure_marked: bool,
-    /// Waits for the requests of controllers that were cut.
-    drains: Vec<Drain>,
-}
-
-enum Drain {
-    Connect { connection: usize, slot: usize },
-    Reply(Sender<()>),
-    Remove(Sender<()>),
 }
 
 /// The shard.
@@ -149,6 +151,9 @@ pub(crate) struct Shard {
     scratch: Vec<u8>,
     /// Connections with something to execute or to send.
     touched: Vec<usize>,
+    /// Connections that spoke in the turn before.
+    hot: Vec<usize>,
+    patience: wait::Patience,
     finished: Vec<Finished>,
     ended: Vec<Completion>,
     start: Instant,
@@ -196,6 +201,8 @@ impl Shard {
             buffers: Buffers::default(),
             scratch: vec![0; SCRATCH],
             touched: Vec::new(),
+            hot: Vec::new(),
+            patience: wait::Patience::default(),
             finished: Vec::new(),
             ended: Vec::new(),
             start: Instant::now(),
@@ -211,46 +218,37 @@ impl Shard {
     pub fn run(mut self) {
         let mut events = Vec::with_capacity(MAX_EVENTS);
         while !self.stopping {
-            let timeout = self
-                .timeout()
-                .map(|wait| Timespec { tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: wait.subsec_nanos().into() });
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "waiting for events");
-                    return;
-                }
+            if let Err(error) = self.wait(&mut events) {
+                tracing::error!(%error, "waiting for events");
+                return;
             }
-            self.now = self.start.elapsed();
             count(&self.shared.counting.turns, 1);
-            for event in &events {
-                match event.data.u64() {
-                    WAKE => self.wake.clear(),
-                    DEVICE => {}
-                    LISTENER => self.accept(),
-                    key => self.receive(crate::bytes::narrow(key)),
-                }
-            }
             self.messages();
             self.scan();
             self.work();
         }
+        self.finish_all();
     }
 
-    /// How long the next turn may sleep.
-    fn timeout(&mut self) -> Option<Duration> {
-        let now = self.start.elapsed();
-        let scans = self.accept_paused || !self.connections.is_empty();
-        let scan = scans.then(|| self.next_scan.saturating_sub(now));
-        if self.throttled == 0 {
-            return scan;
+    /// The last turn: ends what was taken in and makes every volume durable, so that a stop is no crash.
+    fn finish_all(&mut self) {
+        for (_, served) in &mut self.volumes {
+            if !served.engine.has_failed() {
+                served.engine.submit(&mut *self.device, NOBODY, Request::Flush, &mut self.ended);
+            }
         }
-        let limits = self.volumes.iter_mut().filter_map(|(_, served)| {
-            let (_, _, cost) = served.throttled.front()?;
-            Some(served.qos.wait(now, *cost))
-        });
-        limits.min().into_iter().chain(scan).min()
+        let deadline = self.start.elapsed() + LAST_FLUSH;
+        loop {
+            self.work();
+            if self.volumes.iter().all(|(_, served)| served.engine.is_idle()) {
+                return;
+            }
+            if self.start.elapsed() > deadline {
+                tracing::error!("stopping with requests under way: the disk does not answer");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Executes, does I/O and answers until there is nothing left to do without waiting.
@@ -281,12 +279,14 @@ impl Shard {
                 self.finished = finished;
                 return self.finish_ended();
             }
+            self.now = self.start.elapsed();
             for one in finished.drain(..) {
                 let volume = usize::try_from(one.token >> 32).unwrap_or(usize::MAX);
                 if let Some(served) = self.volumes.get_mut(volume) {
-                    served.volume.complete(&mut *self.device, one);
-                    self.ended.extend(served.volume.finished());
-                    if served.volume.has_failed() && !served.failure_marked {
+                    let Engine::File(engine) = &mut served.engine else { continue };
+                    engine.complete(&mut *self.device, one);
+                    self.ended.extend(engine.finished());
+                    if engine.has_failed() && !served.failure_marked {
                         served.failure_marked = true;
                         tracing::error!(volume = served.spec.id, "flush failed: the volume takes no more writes");
                         if let Err(error) = store::mark_failed(&served.folder) {
@@ -316,6 +316,10 @@ impl Shard {
     fn finish(&mut self, completion: Completion) {
         let Completion { tag, result, buffer } = completion;
         let (key, slot) = untag(tag);
+        if tag & SHUTDOWN == SHUTDOWN && tag != NOBODY {
+            let controller = u16::try_from(slot).ok().and_then(|id| self.controllers.get_mut(&id));
+            return controller.into_iter().for_each(Controller::shut_down);
+        }
         let Some(connection) = self.connections.get_mut(key) else { return };
         connection.executing = connection.executing.saturating_sub(1);
         if connection.dead {
@@ -334,39 +338,37 @@ impl Shard {
         if command.parts > 0 {
             return;
         }
+        if command.sqe.opcode() == opcode::COMPARE && command.error.is_none() {
+            let same = command.buffer.get(..command.len) == buffer.get(..command.len);
+            command.error = (!same).then(|| NvmeStatus::COMPARE_FAILURE.dnr());
+        }
         let (error, len, sqe) = (command.error, command.len, command.sqe);
-        let counting = &self.shared.counting;
-        let traffic = connection
-            .queue
-            .and_then(|queue| queue.volume)
-            .and_then(|volume| self.volumes.get_mut(crate::bytes::narrow(volume.into())).map(|served| &mut served.traffic));
-        let bytes = crate::bytes::wide(len);
-        match (error, sqe.opcode(), traffic) {
-            (None, opcode::READ, Some(traffic)) => {
-                traffic.reads += 1;
-                traffic.read_bytes += bytes;
-                count(&counting.reads, 1);
-                count(&counting.read_bytes, bytes);
-            }
-            (None, opcode::WRITE, Some(traffic)) => {
-                traffic.writes += 1;
-                traffic.write_bytes += bytes;
-                count(&counting.writes, 1);
-                count(&counting.write_bytes, bytes);
-            }
-            (None, opcode::FLUSH, _) => count(&counting.flushes, 1),
-            (None, _, _) => count(&counting.zeroes, 1),
-            (Some(_), _, _) => count(&counting.commands_failed, 1),
+        let took = self.now.saturating_sub(command.since);
+        let queue = connection.queue;
+        if let Some(served) = queue.and_then(|queue| self.volumes.get_mut(crate::bytes::narrow(queue.volume?.into()))) {
+            account(&mut served.traffic, &self.shared.counting, sqe.opcode(), len, error, took);
         }
         match error {
             None if sqe.opcode() == opcode::READ => connection.respond_data(slot, buffer, len),
             error => {
                 self.buffers.give(buffer);
-                let kept = connection.respond(slot, error.unwrap_or(NvmeStatus::SUCCESS), 0);
-                self.buffers.give(kept);
+                self.respond(key, slot, error.unwrap_or(NvmeStatus::SUCCESS), 0);
             }
         }
         self.touched.push(key);
+    }
+
+    /// Answers a command without data, and remembers its failure.
+    fn respond(&mut self, key: usize, slot: usize, status: NvmeStatus, dw0: u64) {
+        let Some(connection) = self.connections.get_mut(key) else { return };
+        if status != NvmeStatus::SUCCESS
+            && let (Some(queue), Some(command)) = (connection.queue, connection.command_mut(slot))
+            && let Some(controller) = self.controllers.get_mut(&queue.controller)
+        {
+            controller.failed(queue.id, &command.sqe, status);
+        }
+        let buffer = connection.respond(slot, status, dw0);
+        self.buffers.give(buffer);
     }
 
     fn accept(&mut self) {
@@ -382,10 +384,12 @@ impl Shard {
                 }
                 None => return,
             };
-            let strangers = self.connections.iter().filter(|(_, one)| one.queue.is_none() && !one.dead).count();
-            if strangers >= MAX_STRANGERS {
+            let strangers = || self.connections.iter().filter(|(_, one)| one.queue.is_none() && !one.dead);
+            if strangers().count() >= MAX_STRANGERS {
+                // The oldest had the most time to say who it is: a flood cannot keep others out by waiting.
+                let oldest = strangers().min_by_key(|(_, one)| one.since).map(|(key, _)| key);
                 count(&self.shared.counting.connections_over_limit, 1);
-                continue;
+                oldest.into_iter().for_each(|key| self.kill(key));
             }
             count(&self.shared.counting.connections_accepted, 1);
             if let Err(error) = self.take_in(stream) {
@@ -416,15 +420,24 @@ impl Shard {
         Ok(key)
     }
 
-    fn receive(&mut self, key: usize) {
-        let Some(connection) = self.connections.get_mut(key) else { return };
+    /// Reads a socket once and starts what came; whether anything did.
+    fn receive(&mut self, key: usize) -> bool {
+        let Some(connection) = self.connections.get_mut(key) else { return false };
         if connection.dead {
-            return;
+            return false;
         }
-        let received = connection.receive(&mut self.scratch, &mut self.buffers, &self.shared.counting, self.now);
-        match received {
-            Received::Open => self.touched.push(key),
-            Received::Closed => self.kill(key),
+        match connection.receive(&mut self.scratch, &mut self.buffers, &self.shared.counting, self.now) {
+            Received::Open => {
+                // At once: data of capsules is still where it was received.
+                self.execute_ready(key);
+                self.touched.push(key);
+                true
+            }
+            Received::Nothing => false,
+            Received::Closed => {
+                self.kill(key);
+                true
+            }
         }
     }
 
@@ -433,8 +446,19 @@ impl Shard {
         if connection.dead {
             return;
         }
-        if connection.has_output() && connection.send(&mut self.buffers) == Received::Closed {
-            return self.kill(key);
+        if connection.has_output() {
+            let volume = connection.queue.and_then(|queue| queue.volume);
+            let served = volume.and_then(|volume| self.volumes.get_mut(crate::bytes::narrow(volume.into())));
+            let (ram, lends) = match served {
+                Some(Served { engine: Engine::Ram(ram), lends, .. }) => (Some(&*ram), Some(lends)),
+                _ => (None, None),
+            };
+            if connection.send(&mut self.buffers, ram) == Received::Closed {
+                return self.kill(key);
+            }
+            if let Some(lends) = lends {
+                *lends |= connection.has_lent();
+            }
         }
         if connection.has_ready() {
             self.touched.push(key);
@@ -469,7 +493,7 @@ impl Shard {
             controller.is_enabled()
         });
         let volume = crate::bytes::narrow(queue.volume.unwrap_or(u32::MAX).into());
-        let (Some(served), Some(command)) = (self.volumes.get_mut(volume), connection.command_mut(slot)) else {
+        let Some(command) = connection.command_mut(slot).filter(|_| self.volumes.contains(volume)) else {
             return self.answer(key, slot, NvmeStatus::NOT_READY, 0);
         };
         if !enabled {
@@ -480,7 +504,16 @@ impl Shard {
             // Disconnect of an I/O queue: answered, then closed by the host.
             return self.answer(key, slot, NvmeStatus::SUCCESS, 0);
         }
-        match requests(&sqe, &mut command.buffer, command.len, served.volume.size()) {
+        if queue.in_place {
+            if self.execute_in_place(key, slot, volume, &sqe) {
+                return;
+            }
+            let Some(connection) = self.connections.get_mut(key) else { return };
+            connection.own(slot, &self.scratch, &mut self.buffers);
+        }
+        let (Some(served), Some(connection)) = (self.volumes.get_mut(volume), self.connections.get_mut(key)) else { return };
+        let Some(command) = connection.command_mut(slot) else { return };
+        match requests(command, &mut self.buffers, served.engine.size()) {
             Err(status) => self.answer(key, slot, status.dnr(), 0),
             Ok(Work::Nothing) => self.answer(key, slot, NvmeStatus::SUCCESS, 0),
             Ok(Work::One(request, cost)) => {
@@ -504,29 +537,45 @@ impl Shard {
         let free = matches!(request, Request::Flush);
         if !free && (!served.throttled.is_empty() || served.qos.admit(self.now, cost).is_err()) {
             count(&self.shared.counting.throttled, 1);
+            if served.throttled.is_empty() {
+                served.throttled_since = self.now;
+            }
             served.throttled.push_back((tag, request, cost));
             self.throttled += 1;
             return;
         }
-        served.volume.submit(&mut *self.device, tag, request);
-        self.ended.extend(served.volume.finished());
+        if !matches!(request, Request::Read { .. } | Request::Flush) {
+            self.settle(volume);
+        }
+        let Some(served) = self.volumes.get_mut(volume) else { return };
+        served.engine.submit(&mut *self.device, tag, request, &mut self.ended);
     }
 
     fn release_throttled(&mut self) {
         if self.throttled == 0 {
             return;
         }
-        for (_, served) in &mut self.volumes {
+        for key in 0..self.volumes.capacity() {
+            if self.volumes.get(key).is_some_and(|served| !served.throttled.is_empty()) {
+                self.settle(key);
+            }
+            let Some(served) = self.volumes.get_mut(key) else { continue };
+            if let Some((_, _, cost)) = served.throttled.front() {
+                let waited = self.now.saturating_sub(served.throttled_since);
+                let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+                served.throttled_since = self.now;
+                let (iops, throughput) = (&mut served.traffic.over_iops_us, &mut served.traffic.over_throughput_us);
+                *if served.qos.is_over_operations(self.now, *cost) { iops } else { throughput } += waited;
+            }
             while let Some((_, _, cost)) = served.throttled.front() {
                 if served.qos.admit(self.now, *cost).is_err() {
                     break;
                 }
                 if let Some((tag, request, _)) = served.throttled.pop_front() {
                     self.throttled -= 1;
-                    served.volume.submit(&mut *self.device, tag, request);
+                    served.engine.submit(&mut *self.device, tag, request, &mut self.ended);
                 }
             }
-            self.ended.extend(served.volume.finished());
         }
     }
 
@@ -534,63 +583,8 @@ impl Shard {
         if status != NvmeStatus::SUCCESS {
             count(&self.shared.counting.commands_failed, 1);
         }
-        if let Some(connection) = self.connections.get_mut(key) {
-            let buffer = connection.respond(slot, status, dw0);
-            self.buffers.give(buffer);
-            self.touched.push(key);
-        }
-    }
-
-    /// Executes a command of an admin queue.
-    fn admin(&mut self, key: usize, slot: usize, queue: Queue) {
-        let Some(connection) = self.connections.get_mut(key) else { return };
-        let reached = connection.stream().local_addr().unwrap_or(self.shared.address);
-        let Some(command) = connection.command_mut(slot) else { return };
-        let (sqe, len) = (command.sqe, command.len);
-        let served = queue.volume.and_then(|volume| self.volumes.get(crate::bytes::narrow(volume.into())));
-        let Some(controller) = self.controllers.get_mut(&queue.controller) else { return };
-        controller.seen(self.now);
-        let (shared, host) = (&self.shared, controller.host.nqn.clone());
-        let facts = Facts {
-            volume: served.map(|served| (served.spec.id.as_str(), served.volume.size())),
-            traffic: served.map(|served| served.traffic).unwrap_or_default(),
-            discovery_log: &|| discovery_log(shared, reached, &host),
-            now: self.now,
-        };
-        match controller.admin(slot, &sqe, &facts) {
-            Answer::Value(dw0) => self.answer(key, slot, NvmeStatus::SUCCESS, dw0),
-            Answer::Fail(status) => self.answer(key, slot, status.dnr(), 0),
-            Answer::Held => self.events(queue.controller),
-            Answer::Data(mut page) => {
-                page.resize(len, 0);
-                if let Some(connection) = self.connections.get_mut(key) {
-                    connection.respond_data(slot, page, len);
-                    self.touched.push(key);
-                }
-            }
-            Answer::Reset => {
-                let io = std::mem::take(&mut controller.io);
-                let held = std::mem::take(&mut controller.event_requests);
-                for (_, connection) in io {
-                    self.kill(connection);
-                }
-                for held in held {
-                    self.answer(key, held, NvmeStatus::ABORTED_SQ_DELETION, 0);
-                }
-                self.answer(key, slot, NvmeStatus::SUCCESS, 0);
-            }
-        }
-        // The log was read, or events were asked for: the next one may go.
-        self.events(queue.controller);
-    }
-
-    /// Sends an event if there is one and a request for it.
-    fn events(&mut self, controller: u16) {
-        let Some(controller) = self.controllers.get_mut(&controller) else { return };
-        if let Some((slot, dw0)) = controller.next_event() {
-            let key = controller.admin;
-            self.answer(key, slot, NvmeStatus::SUCCESS, dw0);
-        }
+        self.respond(key, slot, status, dw0);
+        self.touched.push(key);
     }
 
     /// Looks at the timers.
@@ -630,65 +624,4 @@ fn tag(connection: usize, slot: usize) -> u64 {
 
 fn untag(tag: u64) -> (usize, usize) {
     (crate::bytes::narrow(tag >> 32), crate::bytes::narrow(tag & 0xffff_ffff))
-}
-
-fn status_of(error: &VolumeError) -> NvmeStatus {
-    match error {
-        VolumeError::OutOfRange { .. } => NvmeStatus::LBA_RANGE.dnr(),
-        VolumeError::Write(source) if source.kind() == io::ErrorKind::StorageFull => NvmeStatus::CAPACITY.dnr(),
-        VolumeError::Failed | VolumeError::Write(_) | VolumeError::Flush(_) => NvmeStatus::WRITE_FAULT.dnr(),
-        VolumeError::Read(_) => NvmeStatus::READ_ERROR.dnr(),
-    }
-}
-
-/// What an I/O command asks of the volume.
-enum Work {
-    Nothing,
-    One(Request, Cost),
-    /// Dataset Management with several ranges.
-    Many(Vec<Request>),
-}
-
-fn requests(sqe: &Sqe, buffer: &mut Vec<u8>, data_len: usize, size: u64) -> Result<Work, NvmeStatus> {
-    let flush = sqe.opcode() == opcode::FLUSH;
-    if sqe.nsid() != NSID && !(flush && sqe.nsid() == NSID_ALL) {
-        return Err(NvmeStatus::INVALID_NAMESPACE);
-    }
-    let range = |lba: u64, blocks: u64| {
-        let end = lba.checked_add(blocks).ok_or(NvmeStatus::LBA_RANGE)?;
-        if end > size / BLOCK { Err(NvmeStatus::LBA_RANGE) } else { Ok((lba * BLOCK, blocks * BLOCK)) }
-    };
-    if sqe.opcode() == opcode::DATASET_MANAGEMENT {
-        // Hints about access are taken and change nothing; only Deallocate (bit 2) does.
-        let deallocate = sqe.dword(11) & 1 << 2 != 0;
-        let mut requests = Vec::new();
-        for entry in buffer.get(..data_len).unwrap_or_default().chunks_exact(16) {
-            let (offset, len) = range(crate::bytes::u64_at(entry, 8), crate::bytes::u32_at(entry, 4).into())?;
-            if deallocate && len > 0 {
-                requests.push(Request::Discard { offset, len });
-            }
-        }
-        return Ok(if requests.is_empty() { Work::Nothing } else { Work::Many(requests) });
-    }
-    if flush {
-        return Ok(Work::One(Request::Flush, Cost::of_command()));
-    }
-    let (offset, len) = range(sqe.lba(), sqe.blocks())?;
-    let (request, cost) = match sqe.opcode() {
-        opcode::READ => (Request::Read { offset, len, buffer: std::mem::take(buffer) }, Cost::of_transfer(len)),
-        opcode::WRITE => (Request::Write { offset, len, buffer: std::mem::take(buffer), fua: sqe.fua() }, Cost::of_transfer(len)),
-        _ => (Request::Zeroes { offset, len, fua: sqe.fua() }, Cost::of_command()),
-    };
-    Ok(Work::One(request, cost))
-}
-
-/// The volumes of a host, at the address by which it came.
-fn discovery_log(shared: &Shared, address: SocketAddr, host: &str) -> Vec<u8> {
-    let entries: Vec<DiscoveryEntry> = shared
-        .places()
-        .iter()
-        .filter(|(_, place)| place.initiator_nqn.as_deref() == Some(host))
-        .map(|(id, _)| DiscoveryEntry { subsystem_nqn: nvme::volume_nqn(id), address })
-        .collect();
-    nvme::discovery_log(shared.generation(), &entries)
 }

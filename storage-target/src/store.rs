@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long a start waits for an earlier process to let go of the folder.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 const RECORD_VERSION: u32 = 1;
 
 /// `volume.json`.
@@ -30,6 +30,12 @@ const RECORD_VERSION: u32 = 1;
 pub(crate) struct Record {
     version: u32,
     pub spec: VolumeSpec,
+}
+
+impl Record {
+    pub fn of(spec: &VolumeSpec) -> Self {
+        Self { version: RECORD_VERSION, spec: spec.clone() }
+    }
 }
 
 /// The open files of a volume.
@@ -63,14 +69,14 @@ pub(crate) struct Store {
 
 impl Store {
     /// Takes the folder for this process and sweeps what a crash left half made.
-    pub fn open(dir: &Path, images: &Path, boot: [u8; 16]) -> io::Result<Self> {
+    pub fn open(dir: &Path, images: &Path, boot: [u8; 16], lock_timeout: Duration) -> io::Result<Self> {
         let volumes = dir.join("volumes");
         fs::create_dir_all(&volumes)?;
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(dir.join("lock"))?;
         let start = Instant::now();
         while let Err(error) = lock.try_lock() {
             match error {
-                fs::TryLockError::WouldBlock if start.elapsed() < LOCK_TIMEOUT => {
+                fs::TryLockError::WouldBlock if start.elapsed() < lock_timeout => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
                 fs::TryLockError::WouldBlock => {
@@ -90,26 +96,24 @@ impl Store {
         Ok(store)
     }
 
-    /// Every volume of the folder.
-    pub fn list(&self) -> io::Result<Vec<Record>> {
+    /// Every volume of the folder by the name of its own folder, or why it is none.
+    ///
+    /// # Errors
+    /// When the folder itself cannot be read.
+    pub fn list(&self) -> io::Result<Vec<(String, io::Result<Record>)>> {
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.volumes)? {
-            let path = entry?.path();
-            let text = fs::read(path.join("volume.json"))?;
-            let record: Record = serde_json::from_slice(&text)
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {error}", path.join("volume.json").display())))?;
-            if record.version != RECORD_VERSION {
-                let message = format!("{} has version {}, not {RECORD_VERSION}", path.display(), record.version);
-                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-            }
-            records.push(record);
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let record = read_record(&self.volumes.join(&name), &name);
+            records.push((name, record));
         }
+        records.sort_by(|one, other| one.0.cmp(&other.0));
         Ok(records)
     }
 
     /// Makes a volume's folder, without copying a byte of the image.
     pub fn create(&self, spec: &VolumeSpec) -> Result<Record, TargetError> {
-        let record = Record { version: RECORD_VERSION, spec: spec.clone() };
+        let record = Record::of(spec);
         let new = self.volumes.join(format!(".{}.new", spec.id));
         let _ = fs::remove_dir_all(&new);
         let io = |error| TargetError::Io { id: spec.id.clone(), source: error };
@@ -180,6 +184,13 @@ impl Store {
     pub fn open_files(&self, record: &Record) -> io::Result<VolumeFiles> {
         let folder = self.folder(&record.spec.id);
         let open = |name: &str| OpenOptions::new().read(true).write(true).open(folder.join(name));
+        // A pipe or a device in its place would be waited for when opened.
+        let found = fs::metadata(folder.join("data"))?;
+        let size = record.spec.size_bytes;
+        if !found.is_file() || found.len() < size {
+            let message = format!("{} is no file of {size} bytes but has {}", folder.join("data").display(), found.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
         let data = open("data")?;
         let clone = if record.spec.image.is_some() {
             let image = File::open(folder.join("image"))?;
@@ -221,6 +232,21 @@ enum CloneError {
     Image(io::Error),
     TooSmall(u64),
     Io(io::Error),
+}
+
+/// Reads the record of the volume in `folder`, which has to be the volume's own.
+fn read_record(folder: &Path, name: &str) -> io::Result<Record> {
+    let path = folder.join("volume.json");
+    let bad = |message: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {message}", path.display()));
+    let text = fs::read(&path).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))?;
+    let record: Record = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
+    if record.version != RECORD_VERSION {
+        return Err(bad(format!("has version {}, not {RECORD_VERSION}", record.version)));
+    }
+    if record.spec.id != name {
+        return Err(bad(format!("belongs to volume {}", record.spec.id)));
+    }
+    Ok(record)
 }
 
 /// A random number that the kernel draws at each boot of the machine.
@@ -267,7 +293,7 @@ mod tests {
     }
 
     fn store(dir: &Path, boot: u8) -> Store {
-        Store::open(&dir.join("volumes"), &dir.join("images"), [boot; 16]).unwrap()
+        Store::open(&dir.join("volumes"), &dir.join("images"), [boot; 16], LOCK_TIMEOUT).unwrap()
     }
 
     #[test]
@@ -277,7 +303,7 @@ mod tests {
         for name in [".vol-1.new", ".vol-2.gone"] {
             fs::create_dir_all(dir.path().join("volumes/volumes").join(name).join("x")).unwrap();
         }
-        assert_eq!(store(dir.path(), 1).list().unwrap(), []);
+        assert!(store(dir.path(), 1).list().unwrap().is_empty());
         assert_eq!(fs::read_dir(dir.path().join("volumes/volumes")).unwrap().count(), 0);
     }
 
@@ -298,7 +324,8 @@ mod tests {
         fs::remove_file(dir.path().join("images/base")).unwrap();
         for (boot, marks) in [(1, 2), (2, 0), (1, 0)] {
             let store = store(dir.path(), boot);
-            assert_eq!(store.list().unwrap(), std::slice::from_ref(&record));
+            let listed = store.list().unwrap();
+            assert_eq!(listed.iter().map(|(_, listed)| listed.as_ref().unwrap()).collect::<Vec<_>>(), [&record]);
             let files = store.open_files(&record).unwrap().clone.unwrap();
             assert_eq!((files.image_bytes, volume::count_marks(&files.marks)), (700_000, marks), "boot {boot}");
         }
@@ -315,14 +342,14 @@ mod tests {
         assert_eq!(fs::read_dir(&store.volumes).unwrap().count(), 0);
         assert!(store.create(&spec("vol-1", None)).is_ok());
         store.delete("vol-1").unwrap();
-        assert_eq!(store.list().unwrap(), []);
+        assert!(store.list().unwrap().is_empty());
     }
 
     #[test]
     fn two_processes_cannot_serve_one_folder() {
         let dir = tempfile::tempdir().unwrap();
         let _first = store(dir.path(), 1);
-        let second = Store::open(&dir.path().join("volumes"), dir.path(), [1; 16]);
+        let second = Store::open(&dir.path().join("volumes"), dir.path(), [1; 16], Duration::from_millis(50));
         assert_eq!(second.unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 }

@@ -6,7 +6,8 @@
 
 use crate::counters::{Counters, Counting};
 use crate::shard::{Message, Opened, Shard, Wake};
-use crate::store::{self, Record, Store};
+use crate::store::{self, LOCK_TIMEOUT, Record, Store};
+use crate::volume_type::{self, VolumeType};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io;
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// The largest volume, in bytes: EBS's 64 TiB.
 const MAX_SIZE: u64 = 64 << 40;
@@ -31,6 +33,42 @@ pub struct TargetSettings {
     pub dir: PathBuf,
     /// Where images are, by key.
     pub images: PathBuf,
+}
+
+/// What depends on the machine that a target runs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetOptions {
+    /// Threads that serve: a volume belongs to one of them.
+    pub shards: usize,
+    /// Ties each of them to a core of its own, in the order of the cores that the process may use.
+    pub pinned: bool,
+    /// How long a start waits for an earlier process to let go of the folder.
+    pub lock_timeout: Duration,
+}
+
+impl Default for TargetOptions {
+    /// Half of the cores, since storage shares its card with packets.
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { shards: (cores / 2).clamp(1, MAX_SHARDS), pinned: false, lock_timeout: LOCK_TIMEOUT }
+    }
+}
+
+/// Which hosts may connect to a volume, and whether together.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Access {
+    /// The spec's `initiator_nqn` alone; its newest connection cuts the earlier ones off.
+    #[default]
+    Exclusive,
+    /// The hosts with these NQNs, and any host when there are none, at the same time.
+    Shared(Vec<String>),
+}
+
+impl Access {
+    fn is_exclusive(&self) -> bool {
+        *self == Self::Exclusive
+    }
 }
 
 /// What a volume shall be.
@@ -49,6 +87,32 @@ pub struct VolumeSpec {
     pub iops: u32,
     /// MiB per second; zero is no limit.
     pub throughput_mib_s: u32,
+    /// Its type, which sets limits where `iops` and `throughput_mib_s` are zero; `None`: only those limit it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume_type: Option<VolumeType>,
+    /// Who may connect.
+    #[serde(default, skip_serializing_if = "Access::is_exclusive")]
+    pub access: Access,
+    /// Kept in memory, and gone when the target ends: for measuring.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ram: bool,
+}
+
+impl VolumeSpec {
+    /// Whether a host may connect.
+    pub(crate) fn admits(&self, host_nqn: &str) -> bool {
+        match &self.access {
+            Access::Exclusive => self.initiator_nqn.as_deref() == Some(host_nqn),
+            Access::Shared(hosts) => hosts.is_empty() || hosts.iter().any(|host| host == host_nqn),
+        }
+    }
+
+    pub(crate) fn limits(&self) -> volume_type::Limits {
+        match self.volume_type {
+            Some(kind) => kind.limits(self.size_bytes, self.iops, self.throughput_mib_s),
+            None => volume_type::untyped(self.iops, self.throughput_mib_s),
+        }
+    }
 }
 
 /// What a volume is.
@@ -104,7 +168,7 @@ pub enum TargetError {
 #[derive(Debug, Clone)]
 pub(crate) struct Place {
     pub shard: usize,
-    pub initiator_nqn: Option<String>,
+    pub spec: VolumeSpec,
 }
 
 /// What the shards and the management calls share.
@@ -142,6 +206,8 @@ impl Shared {
             None => self.places().remove(id),
         };
         self.generation.fetch_add(1, Ordering::Relaxed);
+        // Discovery controllers live where connections are accepted.
+        self.send(0, Message::DiscoveryChanged);
     }
 }
 
@@ -177,12 +243,17 @@ impl Target {
     /// When the folder cannot be used or is in use, or the address cannot be listened on. A single
     /// volume whose files cannot be opened is logged and not served.
     pub fn start(settings: TargetSettings) -> io::Result<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::start_sharded(settings, (cores / 2).clamp(1, MAX_SHARDS))
+        Self::start_with(settings, &TargetOptions::default())
     }
 
-    pub(crate) fn start_sharded(settings: TargetSettings, shards: usize) -> io::Result<Self> {
-        let store = Store::open(&settings.dir, &settings.images, store::boot_id()?)?;
+    /// The same, with options.
+    ///
+    /// # Errors
+    /// As [`Target::start`].
+    pub fn start_with(settings: TargetSettings, options: &TargetOptions) -> io::Result<Self> {
+        let store = Store::open(&settings.dir, &settings.images, store::boot_id()?, options.lock_timeout)?;
+        let shards = options.shards.max(1);
+        let cores = if options.pinned { Some(usable_cores()?) } else { None };
         let listener = listen(settings.listen)?;
         let address = listener.local_addr()?;
         let mut senders = Vec::new();
@@ -208,15 +279,20 @@ impl Target {
         let mut listener = Some(listener);
         for (index, (inbox, wake)) in inboxes.into_iter().enumerate() {
             let shard = Shard::new(index, Arc::clone(&shared), inbox, wake, listener.take())?;
-            let thread = std::thread::Builder::new().name(format!("storage-{index}")).spawn(move || shard.run())?;
+            let core = cores.as_ref().and_then(|cores| cores.get(index % cores.len().max(1)).copied());
+            let thread = std::thread::Builder::new().name(format!("storage-{index}")).spawn(move || {
+                if let Some(core) = core {
+                    pin(core);
+                }
+                shard.run();
+            })?;
             target.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         }
         let mut manage = target.manage();
-        let records = manage.store.as_ref().map(Store::list).transpose()?.unwrap_or_default();
-        for record in records {
-            let id = record.spec.id.clone();
-            if let Err(error) = target.serve(&mut manage, record) {
-                tracing::error!(volume = id, error = &error as &dyn std::error::Error, "volume not served");
+        for (folder, record) in manage.store.as_ref().map(Store::list).transpose()?.unwrap_or_default() {
+            let served = record.map_err(|source| TargetError::Io { id: folder.clone(), source });
+            if let Err(error) = served.and_then(|record| target.serve(&mut manage, record)) {
+                tracing::error!(volume = folder, error = &error as &dyn std::error::Error, "volume not served");
             }
         }
         drop(manage);
@@ -246,12 +322,15 @@ impl Target {
         validate(&spec)?;
         let mut manage = self.manage();
         let Some(record) = manage.records.get(&spec.id) else {
-            let record = manage.store()?.create(&spec)?;
+            let record = if spec.ram { Record::of(&spec) } else { manage.store()?.create(&spec)? };
             tracing::info!(volume = spec.id, size_bytes = spec.size_bytes, image = spec.image, "volume made");
             return self.serve(&mut manage, record);
         };
         if record.spec.image != spec.image {
             return Err(TargetError::Invalid { field: "image", rule: "of a volume cannot change" });
+        }
+        if record.spec.ram != spec.ram {
+            return Err(TargetError::Invalid { field: "ram", rule: "of a volume cannot change" });
         }
         if spec.size_bytes < record.spec.size_bytes {
             return Err(TargetError::Shrink { id: spec.id, size_bytes: record.spec.size_bytes });
@@ -261,9 +340,11 @@ impl Target {
         }
         let mut record = record.clone();
         record.spec = spec.clone();
-        manage.store()?.update(&record).map_err(|source| TargetError::Io { id: spec.id.clone(), source })?;
+        if !spec.ram {
+            manage.store()?.update(&record).map_err(|source| TargetError::Io { id: spec.id.clone(), source })?;
+        }
         let shard = self.shard_of(&spec.id);
-        self.shared.place_set(&spec.id, Some(Place { shard, initiator_nqn: spec.initiator_nqn.clone() }));
+        self.shared.place_set(&spec.id, Some(Place { shard, spec: spec.clone() }));
         manage.records.insert(spec.id.clone(), record);
         self.ask(shard, |reply| Message::Update { spec, reply })
     }
@@ -274,12 +355,13 @@ impl Target {
     /// [`TargetError::Io`] when its files could not be removed.
     pub fn volume_delete(&self, id: &str) -> Result<(), TargetError> {
         let mut manage = self.manage();
-        if !manage.records.contains_key(id) {
-            return Ok(());
-        }
+        let Some(record) = manage.records.get(id) else { return Ok(()) };
+        let shard = self.shard_of(id);
         self.shared.place_set(id, None);
-        self.ask(self.shard_of(id), |reply| Message::Remove { id: id.to_owned(), reply })?;
-        manage.store()?.delete(id).map_err(|source| TargetError::Io { id: id.to_owned(), source })?;
+        self.ask(shard, |reply| Message::Remove { id: id.to_owned(), reply })?;
+        if !record.spec.ram {
+            manage.store()?.delete(id).map_err(|source| TargetError::Io { id: id.to_owned(), source })?;
+        }
         manage.records.remove(id);
         tracing::info!(volume = id, "volume deleted");
         Ok(())
@@ -289,10 +371,11 @@ impl Target {
     #[must_use]
     pub fn volume_get(&self, id: &str) -> Option<VolumeStatus> {
         let manage = self.manage();
-        let allocated_bytes = manage.store.as_ref()?.allocated_bytes(id).ok().filter(|_| manage.records.contains_key(id))?;
+        let on_disk = !manage.records.get(id)?.spec.ram;
+        let allocated_bytes = if on_disk { Some(manage.store.as_ref()?.allocated_bytes(id).ok()?) } else { None };
         drop(manage);
         let mut status = self.ask(self.shard_of(id), |reply| Message::Status { id: id.to_owned(), reply }).ok()??;
-        status.allocated_bytes = allocated_bytes;
+        status.allocated_bytes = allocated_bytes.unwrap_or(status.allocated_bytes);
         Some(status)
     }
 
@@ -302,7 +385,7 @@ impl Target {
         self.manage().records.keys().cloned().collect()
     }
 
-    /// Closes every connection, ends what is under way, and lets go of the folder.
+    /// Ends what is under way, flushes every volume, closes every connection, and lets go of the folder.
     pub fn stop(&self) {
         for shard in 0..self.shared.shards.len() {
             self.shared.send(shard, Message::Stop);
@@ -318,20 +401,25 @@ impl Target {
         self.manage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The shard that a volume belongs to, for the life of the process.
+    /// The shard that a volume belongs to while it is served: for a new one that with the fewest.
     fn shard_of(&self, id: &str) -> usize {
-        let hash = id.bytes().fold(0_usize, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-        hash % self.shared.shards.len().max(1)
+        let places = self.shared.places();
+        if let Some(place) = places.get(id) {
+            return place.shard;
+        }
+        let volumes_of = |shard: &usize| places.values().filter(|place| place.shard == *shard).count();
+        (0..self.shared.shards.len()).min_by_key(volumes_of).unwrap_or(0)
     }
 
     fn serve(&self, manage: &mut Manage, record: Record) -> Result<(), TargetError> {
         let spec = record.spec.clone();
-        let files = manage.store()?.open_files(&record).map_err(|source| TargetError::Io { id: spec.id.clone(), source })?;
+        let open = |store: &Store| store.open_files(&record).map_err(|source| TargetError::Io { id: spec.id.clone(), source });
+        let files = if spec.ram { None } else { Some(open(manage.store()?)?) };
         let shard = self.shard_of(&spec.id);
         let opened = Opened { spec: spec.clone(), files, folder: manage.store()?.folder(&spec.id) };
         manage.records.insert(spec.id.clone(), record);
         self.ask(shard, |reply| Message::Serve { opened: Box::new(opened), reply })?;
-        self.shared.place_set(&spec.id, Some(Place { shard, initiator_nqn: spec.initiator_nqn }));
+        self.shared.place_set(&spec.id.clone(), Some(Place { shard, spec }));
         Ok(())
     }
 
@@ -361,6 +449,21 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
+/// The cores that this process may run on.
+fn usable_cores() -> io::Result<Vec<usize>> {
+    let set = rustix::thread::sched_getaffinity(None)?;
+    Ok((0..rustix::thread::CpuSet::MAX_CPU).filter(|core| set.is_set(*core)).collect())
+}
+
+/// Ties the calling thread to a core. A core that went away since leaves the thread free.
+fn pin(core: usize) {
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(core);
+    if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
+        tracing::warn!(core, %error, "thread not tied to its core");
+    }
+}
+
 fn validate(spec: &VolumeSpec) -> Result<(), TargetError> {
     let invalid = |field, rule| Err(TargetError::Invalid { field, rule });
     let is_id = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
@@ -375,10 +478,15 @@ fn validate(spec: &VolumeSpec) -> Result<(), TargetError> {
     {
         return invalid("image", "is a file name without a dot in front");
     }
-    if let Some(nqn) = &spec.initiator_nqn
-        && (nqn.is_empty() || nqn.len() > 223 || nqn.contains('\0'))
-    {
-        return invalid("initiator_nqn", "has 1 to 223 bytes");
+    let hosts = if let Access::Shared(hosts) = &spec.access { hosts.as_slice() } else { &[] };
+    if spec.initiator_nqn.iter().chain(hosts).any(|nqn| nqn.is_empty() || nqn.len() > 223 || nqn.contains('\0')) {
+        return invalid("host NQN", "has 1 to 223 bytes");
+    }
+    if spec.ram && spec.image.is_some() {
+        return invalid("ram", "and image exclude each other");
+    }
+    if let Some(Err(rule)) = spec.volume_type.map(|kind| kind.check(spec.iops, spec.throughput_mib_s)) {
+        return invalid("volume type", rule);
     }
     Ok(())
 }

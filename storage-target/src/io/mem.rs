@@ -120,8 +120,8 @@ impl MemDevice {
                 let have = file.cached.get(offset..).unwrap_or_default();
                 let count = part.len().min(have.len());
                 part[..count].copy_from_slice(&have[..count]);
-                part[count..].fill(0);
-                (Ok(()), buffer)
+                let whole = count == part.len();
+                (if whole { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }, buffer)
             }
             Action::Write { buffer, range } => {
                 file.apply(offset, &buffer[range]);

@@ -21,7 +21,7 @@ pub(crate) struct FileId(pub u32);
 /// What to do with a file.
 #[derive(Debug)]
 pub(crate) enum Action {
-    /// Fills `range` of the buffer; what lies beyond the end of the file reads as zeros.
+    /// Fills `range` of the buffer. A file that ends before is an error: it was truncated behind our back.
     Read { buffer: Vec<u8>, range: Range<usize> },
     /// Writes `range` of the buffer, whole or not at all successful.
     Write { buffer: Vec<u8>, range: Range<usize> },

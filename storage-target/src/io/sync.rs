@@ -70,10 +70,7 @@ pub(super) fn run(file: &File, offset: u64, action: Action) -> (io::Result<()>, 
 fn read(file: &File, mut offset: u64, mut into: &mut [u8]) -> io::Result<()> {
     while !into.is_empty() {
         match file.read_at(into, offset) {
-            Ok(0) => {
-                into.fill(0);
-                return Ok(());
-            }
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(count) => {
                 offset += crate::bytes::wide(count);
                 into = into.get_mut(count..).unwrap_or_default();
@@ -108,12 +105,16 @@ mod tests {
         assert_eq!((wrote.token, wrote.buffer.len()), (1000, 3000));
         wrote.result.unwrap();
         run_one(device, at(0, Action::Sync)).result.unwrap();
-        let read = run_one(device, at(500, Action::Read { buffer: vec![9; 4000], range: 100..4000 }));
+        let read = run_one(device, at(500, Action::Read { buffer: vec![9; 4000], range: 100..2600 }));
         read.result.unwrap();
         assert!(read.buffer[..100].iter().all(|byte| *byte == 9));
         assert!(read.buffer[100..600].iter().all(|byte| *byte == 0), "a hole");
         assert!(read.buffer[600..2600].iter().all(|byte| *byte == 7));
-        assert!(read.buffer[2600..].iter().all(|byte| *byte == 0), "past the end");
+        assert!(read.buffer[2600..].iter().all(|byte| *byte == 9));
+        for (offset, len) in [(500, 2501), (3000, 1), (9000, 512)] {
+            let read = run_one(device, at(offset, Action::Read { buffer: vec![9; len], range: 0..len }));
+            assert_eq!(read.result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "{offset}+{len}");
+        }
         run_one(device, at(1024, Action::Zero { len: 512 })).result.unwrap();
         let read = run_one(device, at(1000, Action::Read { buffer: vec![1; 2000], range: 0..2000 }));
         assert!(read.buffer.iter().enumerate().all(|(at, byte)| *byte == if (24..536).contains(&at) { 0 } else { 7 }));

@@ -33,7 +33,7 @@ impl Shard {
             let Some((volume, served)) = found else {
                 return self.refuse(key, slot, Refusal::data(ConnectData::SUBSYSTEM_AT));
             };
-            if served.spec.initiator_nqn.as_ref() != Some(&data.host_nqn) {
+            if !served.spec.admits(&data.host_nqn) {
                 tracing::warn!(volume = served.spec.id, host = data.host_nqn, "host refused");
                 count(&self.shared.counting.hosts_refused, 1);
                 return self.refuse(key, slot, Refusal::because(NvmeStatus::CONNECT_HOST));
@@ -43,7 +43,10 @@ impl Shard {
         let host = Host { nqn: data.host_nqn, id: data.host_id };
         let volume_key = volume.map(|volume| u32::try_from(volume).unwrap_or(u32::MAX));
         let flow_control_off = sqe.dword(11) >> 16 & 1 << 2 != 0;
-        let queue = |controller| Queue::new(controller, volume_key, id, size, flow_control_off);
+        let in_place = volume
+            .and_then(|volume| self.volumes.get(volume))
+            .is_some_and(|served| matches!(served.engine, Engine::Ram(_)) && served.qos.is_unlimited());
+        let queue = |controller| Queue::new(controller, volume_key, id, size, flow_control_off).in_place(in_place);
         if id > 0 {
             return match self.connect_io(key, id, &data.controller, volume_key, &host) {
                 Ok(()) => self.connected(key, slot, queue(data.controller)),
@@ -53,8 +56,9 @@ impl Shard {
         if data.controller != 0xffff {
             return self.refuse(key, slot, Refusal::data(ConnectData::CONTROLLER_AT));
         }
-        if let Some(volume) = volume {
-            self.cut(volume, None);
+        let exclusive = |served: &Served| served.spec.access == Access::Exclusive;
+        if let Some(volume) = volume.filter(|volume| self.volumes.get(*volume).is_some_and(exclusive)) {
+            self.cut(volume, |_| false);
             if let Some(served) = self.volumes.get_mut(volume)
                 && has_zombies(&self.connections, volume)
             {

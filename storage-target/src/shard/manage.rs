@@ -13,7 +13,7 @@ impl Shard {
                 Message::Update { spec, reply } => self.update(spec, reply),
                 Message::Remove { id, reply } => match self.volume_key(&id) {
                     Some(volume) => {
-                        self.cut(volume, None);
+                        self.cut(volume, |_| false);
                         if let Some(served) = self.volumes.get_mut(volume) {
                             served.drains.push(Drain::Remove(reply));
                         }
@@ -32,6 +32,10 @@ impl Shard {
                     }
                     Err(error) => tracing::warn!(%error, "connection not taken over"),
                 },
+                Message::DiscoveryChanged => {
+                    let told: Vec<u16> = self.controllers.values().filter(|one| one.volume.is_none()).map(|one| one.id).collect();
+                    self.tell(told);
+                }
                 Message::Stop => self.stopping = true,
             }
         }
@@ -43,25 +47,23 @@ impl Shard {
 
     fn serve(&mut self, opened: Opened) {
         let Opened { spec, files, folder } = opened;
-        let data = self.device.attach(files.data);
-        let clone = files.clone.map(|clone| CloneFiles {
-            image: self.device.attach(clone.image),
-            image_bytes: clone.image_bytes,
-            present: self.device.attach(clone.present),
-            durable: self.device.attach(clone.durable),
-            marks: clone.marks,
-            durable_marks: clone.durable_marks,
-        });
         let entry = self.volumes.vacant_entry();
         let key = u32::try_from(entry.key()).unwrap_or(u32::MAX);
+        let failed = files.as_ref().is_some_and(|files| files.failed);
+        let engine = match files {
+            Some(files) => Engine::File(Box::new(open_engine(&mut *self.device, key, spec.size_bytes, files))),
+            None => Engine::Ram(Ram::new(spec.size_bytes)),
+        };
         entry.insert(Served {
-            volume: Volume::new(key, spec.size_bytes, data, clone, files.failed),
-            qos: Qos::new(spec.iops, spec.throughput_mib_s, self.now),
+            engine,
+            qos: Qos::new(spec.limits(), self.now),
             spec,
             folder,
             throttled: VecDeque::new(),
+            throttled_since: self.now,
             traffic: Traffic::default(),
-            failure_marked: files.failed,
+            lends: false,
+            failure_marked: failed,
             drains: Vec::new(),
         });
     }
@@ -71,12 +73,12 @@ impl Shard {
             let _ = reply.send(());
             return;
         };
-        self.cut(volume, spec.initiator_nqn.as_deref());
+        self.cut(volume, |host| spec.admits(host));
         let Some(served) = self.volumes.get_mut(volume) else { return };
         let grown = spec.size_bytes > served.spec.size_bytes;
-        served.volume.grow(spec.size_bytes);
-        if (spec.iops, spec.throughput_mib_s) != (served.spec.iops, served.spec.throughput_mib_s) {
-            served.qos = Qos::new(spec.iops, spec.throughput_mib_s, self.now);
+        served.engine.grow(spec.size_bytes);
+        if spec.limits() != served.spec.limits() {
+            served.qos = Qos::new(spec.limits(), self.now);
         }
         served.spec = spec;
         served.drains.push(Drain::Reply(reply));
@@ -84,12 +86,17 @@ impl Shard {
         if grown {
             let key = u32::try_from(volume).ok();
             let told: Vec<u16> = self.controllers.values().filter(|one| one.volume == key).map(|one| one.id).collect();
-            for id in told {
-                if let Some(controller) = self.controllers.get_mut(&id) {
-                    controller.namespace_changed();
-                }
-                self.events(id);
+            self.tell(told);
+        }
+    }
+
+    /// Tells controllers that what they are about has changed.
+    fn tell(&mut self, controllers: Vec<u16>) {
+        for id in controllers {
+            if let Some(controller) = self.controllers.get_mut(&id) {
+                controller.changed();
             }
+            self.events(id);
         }
     }
 
@@ -99,22 +106,22 @@ impl Shard {
         Some(VolumeStatus {
             spec: served.spec.clone(),
             connected: self.controllers.values().any(|controller| controller.volume == key),
-            failed: served.volume.has_failed(),
-            allocated_bytes: 0,
-            reads: served.traffic.reads,
-            writes: served.traffic.writes,
-            read_bytes: served.traffic.read_bytes,
-            write_bytes: served.traffic.write_bytes,
+            failed: served.engine.has_failed(),
+            allocated_bytes: if let Engine::Ram(ram) = &served.engine { ram.allocated() } else { 0 },
+            reads: served.traffic.reads.operations,
+            writes: served.traffic.writes.operations,
+            read_bytes: served.traffic.reads.bytes,
+            write_bytes: served.traffic.writes.bytes,
         })
     }
 
-    /// Cuts every controller of a volume off, but for those of the host `keep`.
-    pub(super) fn cut(&mut self, volume: usize, keep: Option<&str>) {
+    /// Cuts every controller of a volume off, but for those of hosts to `keep`.
+    pub(super) fn cut(&mut self, volume: usize, keep: impl Fn(&str) -> bool) {
         let key = u32::try_from(volume).ok();
         let gone: Vec<usize> = self
             .controllers
             .values()
-            .filter(|controller| controller.volume == key && Some(controller.host.nqn.as_str()) != keep)
+            .filter(|controller| controller.volume == key && !keep(&controller.host.nqn))
             .map(|controller| controller.admin)
             .collect();
         for admin in gone {
@@ -167,7 +174,7 @@ impl Shard {
         if served.drains.is_empty() || has_zombies(&self.connections, volume) {
             return;
         }
-        let idle = served.volume.is_idle();
+        let idle = served.engine.is_idle();
         for drain in std::mem::take(&mut served.drains) {
             match drain {
                 Drain::Connect { connection, slot } => {
@@ -177,8 +184,8 @@ impl Shard {
                 }
                 Drain::Reply(reply) => drop(reply.send(())),
                 Drain::Remove(reply) if idle => {
-                    if let Some(served) = self.volumes.try_remove(volume) {
-                        served.volume.files().into_iter().for_each(|file| self.device.detach(file));
+                    if let Some(Served { engine: Engine::File(engine), .. }) = self.volumes.try_remove(volume) {
+                        engine.files().into_iter().for_each(|file| self.device.detach(file));
                     }
                     let _ = reply.send(());
                 }
@@ -190,4 +197,18 @@ impl Shard {
             }
         }
     }
+}
+
+/// The engine of a volume over its files.
+fn open_engine(device: &mut dyn FileDevice, key: u32, size_bytes: u64, files: VolumeFiles) -> Volume {
+    let data = device.attach(files.data);
+    let clone = files.clone.map(|clone| CloneFiles {
+        image: device.attach(clone.image),
+        image_bytes: clone.image_bytes,
+        present: device.attach(clone.present),
+        durable: device.attach(clone.durable),
+        marks: clone.marks,
+        durable_marks: clone.durable_marks,
+    });
+    Volume::new(key, size_bytes, data, clone, files.failed)
 }

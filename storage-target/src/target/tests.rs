@@ -68,7 +68,7 @@ impl Rig {
 fn start(dir: &Path, port: u16, shards: usize) -> Target {
     let settings =
         TargetSettings { listen: SocketAddr::from(([127, 0, 0, 1], port)), dir: dir.join("storage"), images: dir.join("images") };
-    Target::start_sharded(settings, shards).unwrap()
+    Target::start_with(settings, &TargetOptions { shards, ..TargetOptions::default() }).unwrap()
 }
 
 fn spec(id: &str) -> VolumeSpec {
@@ -242,7 +242,7 @@ fn commands_get_the_status_of_the_standard() {
         (wrong_namespace, 512, Err(NvmeStatus::INVALID_NAMESPACE)),
         (fused, 512, Err(NvmeStatus::INVALID_FIELD)),
         (rw(opcode::WRITE_ZEROES, blocks - 1, 2), 0, Err(NvmeStatus::LBA_RANGE)),
-        (rw(0x05, 0, 1), 0, Err(NvmeStatus::INVALID_OPCODE)),
+        (rw(0x04, 0, 1), 0, Err(NvmeStatus::INVALID_OPCODE)),
         (rw(opcode::WRITE, 0, 4096), 512, Err(NvmeStatus::INVALID_FIELD)),
         (Sqe::new(opcode::FABRICS, 1, fabrics::CONNECT.into()), 0, Err(NvmeStatus::SEQUENCE)),
     ] {
@@ -555,17 +555,18 @@ fn garbage_harms_nobody_else() {
 #[test]
 fn garbage_from_a_connected_host_harms_only_itself() {
     let rig = Rig::new(1);
-    for id in ["vol-a", "vol-b"] {
-        rig.target.volume_put(spec(id)).unwrap();
+    for (id, ram) in [("vol-a", false), ("vol-b", false), ("vol-c", true)] {
+        rig.target.volume_put(VolumeSpec { ram, ..spec(id) }).unwrap();
     }
     let good = connected(Initiator::start(rig.settings("vol-a", HOST)).unwrap());
-    for seed in 0..60 {
+    for seed in 0..120 {
+        let bad = if seed % 2 == 0 { "vol-b" } else { "vol-c" };
         let mut admin = rig.channel();
-        let controller = connect(&mut admin, 0, 0xffff, "vol-b", HOST).unwrap();
+        let controller = connect(&mut admin, 0, 0xffff, bad, HOST).unwrap();
         let set = Sqe::new(opcode::FABRICS, 0, fabrics::PROPERTY_SET.into());
         admin.run("enable", set.with(11, property::CC).with(12, 0x0046_0001), &[], 0).unwrap();
         let mut io = rig.channel();
-        connect(&mut io, 1, controller, "vol-b", HOST).unwrap();
+        connect(&mut io, 1, controller, bad, HOST).unwrap();
         let mut chance = Chance::new(seed);
         let mut bytes = Vec::new();
         for _ in 0..20 {
