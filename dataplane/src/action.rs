@@ -7,7 +7,7 @@ use crate::flow::Slot;
 use crate::packet::{Packet, Pool};
 
 /// What happens to the packets of a flow that come from the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Egress {
     /// To another guest of this card.
     Local {
@@ -58,10 +58,11 @@ pub struct Output {
 
 impl Output {
     /// Adds a frame for the guest of a port.
+    #[inline]
     pub fn port(&mut self, slot: Slot, id: PortId, packet: Packet) {
         let index = slot.0 as usize;
         if self.ports.len() <= index {
-            self.ports.resize_with(index + 1, || (id, Vec::new()));
+            self.grow(index, id);
         }
         if let Some((owner, packets)) = self.ports.get_mut(index) {
             if packets.is_empty() {
@@ -70,6 +71,11 @@ impl Output {
             }
             packets.push(packet);
         }
+    }
+
+    #[cold]
+    fn grow(&mut self, index: usize, id: PortId) {
+        self.ports.resize_with(index + 1, || (id, Vec::new()));
     }
 
     /// Hands over the frames of each guest that has some; whatever `send` leaves

@@ -22,14 +22,17 @@ pub mod dhcp;
 pub mod flow;
 pub mod fragment;
 pub mod headers;
+pub mod hop;
 pub mod icmp;
 pub mod io;
+mod memory;
 pub mod nat;
 pub mod packet;
 pub mod pipeline;
 pub mod policy;
 pub mod route;
 pub mod security_group;
+mod vector;
 pub mod vxlan;
 pub mod worker;
 

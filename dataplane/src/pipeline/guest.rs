@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::{Hot, METADATA, Next, PUBLIC_MTU, Pipeline, ROUTER_MAC, Turn};
 use crate::action::{Egress, Origin};
-use crate::counters::DropReason;
+use crate::counters::{DropReason, Frames};
 use crate::flow::{Direction, Flow, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ethernet, Ipv4, Transport, UDP};
+use crate::hop::NextHop;
 use crate::icmp::Error;
 use crate::packet::Packet;
 use crate::{anti_spoof, arp, dhcp, icmp, nat, policy, vxlan};
@@ -22,11 +23,20 @@ pub(super) enum Subject {
     Related(Key),
 }
 
+/// What the packets of a port that are decided like this share.
+fn hop_of(hot: &Hot, egress: Egress) -> NextHop {
+    let source = match egress {
+        Egress::Local { routed: false, .. } | Egress::Remote { routed: false, .. } => hot.mac,
+        Egress::Local { routed: true, .. } | Egress::Remote { routed: true, .. } | Egress::Public { .. } => ROUTER_MAC,
+    };
+    NextHop { vni: hot.vni, source, egress }
+}
+
 impl Pipeline {
     pub(super) fn guest_in(&mut self, turn: &mut Turn<'_>, slot: Slot, packet: &mut Packet) -> Result<Next, DropReason> {
         let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
         let hot = state.hot;
-        state.tally.received(packet.len());
+        state.tally.received(Frames::one(packet.len()));
         let (ethernet, payload) = headers::ethernet(packet.as_slice())?;
         if ethernet.source != hot.mac {
             return Err(DropReason::SpoofedMac);
@@ -57,18 +67,18 @@ impl Pipeline {
                     Some(id) => (id, self.egress_of(slot, &hot, id, &ip)?),
                     None => self.open_egress(turn, slot, &hot, key, &ip, &transport)?,
                 };
-                self.flows.observe(id, turn.now, Direction::Egress, &transport);
+                self.flows.observe(id, turn.now, Direction::Egress, &transport, ip.total_len);
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Egress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
                 }
-                (egress, hash)
+                (egress, key.entropy())
             }
             Subject::Fragment(key) => {
                 let hash = self.flows.hash(&key);
                 let id = self.flows.find(hash, &key).ok_or(DropReason::FragmentUnknown)?;
-                (self.egress_of(slot, &hot, id, &ip)?, hash)
+                (self.egress_of(slot, &hot, id, &ip)?, key.entropy())
             }
-            Subject::Related(key) => (self.next_hop(slot, ip.destination)?, self.flows.hash(&key)),
+            Subject::Related(key) => (self.next_hop(slot, ip.destination)?, key.entropy()),
         };
         self.forward(turn, slot, &ip, egress, entropy, packet)
     }
@@ -109,16 +119,12 @@ impl Pipeline {
 
     /// The decision of a flow, made again when the port has changed since.
     fn egress_of(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4) -> Result<Egress, DropReason> {
-        match self.flows.get(id) {
-            Some(flow) if flow.egress.0 == hot.generation => Ok(flow.egress.1),
-            _ => {
-                let egress = self.next_hop(slot, ip.destination)?;
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.egress = (hot.generation, egress);
-                }
-                Ok(egress)
-            }
+        if let Some(egress) = self.flows.egress(id, hot.generation) {
+            return Ok(egress);
         }
+        let egress = self.next_hop(slot, ip.destination)?;
+        self.flows.decide_egress(id, hot.generation, hop_of(hot, egress));
+        Ok(egress)
     }
 
     fn next_hop(&self, slot: Slot, destination: Ipv4Addr) -> Result<Egress, DropReason> {
@@ -138,9 +144,9 @@ impl Pipeline {
         let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
         let card = self.settings.underlay.address;
         let egress = policy::egress(&state.port, slot, ip, transport, &self.locals, card)?;
-        let mut flow = Flow::new(key, Direction::Egress);
-        flow.egress = (hot.generation, egress);
-        Ok((self.flows.insert(turn.now, flow)?, egress))
+        let id = self.flows.insert(turn.now, Flow::new(key, Direction::Egress))?;
+        self.flows.decide_egress(id, hot.generation, hop_of(hot, egress));
+        Ok((id, egress))
     }
 
     /// Rewrites a packet as decided, and says which way it goes.
@@ -150,25 +156,25 @@ impl Pipeline {
         slot: Slot,
         ip: &Ipv4,
         egress: Egress,
-        entropy: u64,
+        entropy: u16,
         packet: &mut Packet,
     ) -> Result<Next, DropReason> {
         let hot = &{ self.port(slot).ok_or(DropReason::UnknownPort)?.hot };
-        let source_mac = |routed| if routed { ROUTER_MAC } else { hot.mac };
+        let source = hop_of(hot, egress).source;
         match egress {
             Egress::Local { to, routed } => {
                 if routed {
                     self.hop(turn, slot, hot, ip, packet)?;
                 }
                 // The receiving side puts the destination MAC.
-                headers::set_macs(packet.as_mut_slice(), hot.mac, source_mac(routed));
+                headers::set_macs(packet.as_mut_slice(), hot.mac, source);
                 Ok(Next::Ingress(to, Origin::Local))
             }
             Egress::Remote { vtep, mac, routed } => {
                 if routed {
                     self.hop(turn, slot, hot, ip, packet)?;
                 }
-                headers::set_macs(packet.as_mut_slice(), mac, source_mac(routed));
+                headers::set_macs(packet.as_mut_slice(), mac, source);
                 if !vxlan::push_header(packet, hot.vni) {
                     return Err(DropReason::TooLong);
                 }

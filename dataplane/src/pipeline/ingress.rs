@@ -32,7 +32,7 @@ impl Pipeline {
                     Some(id) => (id, self.origin_check(slot, &hot, id, &ip, origin, sender)?),
                     None => self.open_ingress(turn, slot, &hot, key, (&ip, &transport), (origin, sender))?,
                 };
-                self.flows.observe(id, turn.now, Direction::Ingress, &transport);
+                self.flows.observe(id, turn.now, Direction::Ingress, &transport, ip.total_len);
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Ingress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
                 }
@@ -65,13 +65,12 @@ impl Pipeline {
     /// Checks that a packet of a known flow comes from where the flow's packets
     /// come from; that place is checked when it changed, or the port did.
     fn origin_check(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4, origin: Origin, sender: Mac) -> Result<Mac, DropReason> {
-        match self.flows.get(id) {
-            Some(flow) if flow.ingress == (hot.generation, origin) => Ok(flow.source_mac),
+        match self.flows.get(id).and_then(|flow| flow.ingress(hot.generation)) {
+            Some((known, source_mac)) if known == origin => Ok(source_mac),
             _ => {
                 let source_mac = self.source_mac(slot, ip, origin, sender)?;
                 if let Some(flow) = self.flows.get_mut(id) {
-                    flow.ingress = (hot.generation, origin);
-                    flow.source_mac = source_mac;
+                    flow.decide_ingress(hot.generation, origin, source_mac);
                 }
                 Ok(source_mac)
             }
@@ -91,8 +90,7 @@ impl Pipeline {
         let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
         policy::ingress(&state.port, ip, transport)?;
         let mut flow = Flow::new(key, Direction::Ingress);
-        flow.ingress = (hot.generation, origin);
-        flow.source_mac = source_mac;
+        flow.decide_ingress(hot.generation, origin, source_mac);
         Ok((self.flows.insert(turn.now, flow)?, source_mac))
     }
 

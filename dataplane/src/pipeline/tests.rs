@@ -1,5 +1,6 @@
 #![allow(clippy::cast_possible_truncation)]
 
+mod differential;
 mod flows;
 mod garbage;
 mod lab;

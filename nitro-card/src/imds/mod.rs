@@ -209,7 +209,9 @@ mod tests {
 
     fn data_plane() -> (Arc<Dataplane>, MemPort) {
         let underlay = Underlay { address: Ipv4Addr::new(10, 255, 0, 1), prefix_length: 24, mac: Mac([4; 6]), encapsulated: true };
-        let dataplane = Arc::new(Dataplane::start(Settings { underlay, public: None, seed: 1 }, None, None).unwrap());
+        let dataplane = Arc::new(
+            Dataplane::start(Settings { underlay, public: None, flows_max: dataplane::flow::FLOWS_MAX, seed: 1 }, None, None).unwrap(),
+        );
         let port = PortConfig {
             id: PortId(1),
             vni: Vni(7),
