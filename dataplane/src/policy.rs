@@ -16,7 +16,8 @@ use crate::counters::DropReason;
 use crate::flow::Slot;
 use crate::headers::{Ipv4, Transport};
 use crate::route::{self, Target};
-use crate::{GroupId, Mac, NetworkConfig, PortConfig, Snapshot, Vni, security_group};
+use crate::security_group::Classifier;
+use crate::{GroupId, Mac, NetworkConfig, PortConfig, Snapshot, Vni};
 
 /// A hash map whose iteration order depends on nothing but its content. Its keys
 /// come from the control plane, so they need no secret.
@@ -39,7 +40,7 @@ pub struct Network {
 }
 
 impl Network {
-    fn new(config: &NetworkConfig) -> Self {
+    pub(crate) fn new(config: &NetworkConfig) -> Self {
         Self {
             endpoints: config.mappings.iter().map(|m| (m.ip, Endpoint { mac: m.mac, vtep: m.vtep })).collect(),
             groups: config.groups.iter().map(|(id, members)| (*id, members.iter().copied().collect())).collect(),
@@ -52,10 +53,9 @@ impl Network {
         self.endpoints.get(&address)
     }
 
-    /// Whether an address is a member of a group.
-    #[must_use]
-    pub fn is_member(&self, group: GroupId, address: Ipv4Addr) -> bool {
-        self.groups.get(&group).is_some_and(|members| members.contains(&address))
+    /// The members of a group.
+    pub fn members(&self, group: GroupId) -> impl Iterator<Item = Ipv4Addr> {
+        self.groups.get(&group).into_iter().flatten().copied()
     }
 }
 
@@ -68,6 +68,21 @@ pub struct Port {
     pub router: Ipv4Addr,
     /// The port's network; empty when the snapshot has none.
     pub network: Arc<Network>,
+    /// What may open a connection to the guest, and what it may open one to.
+    pub(crate) ingress: Classifier,
+    pub(crate) egress: Classifier,
+}
+
+impl Port {
+    fn new(config: &PortConfig, network: &Arc<Network>) -> Self {
+        Self {
+            router: config.subnet.nth(1),
+            ingress: Classifier::compile(&config.ingress, network),
+            egress: Classifier::compile(&config.egress, network),
+            network: Arc::clone(network),
+            config: config.clone(),
+        }
+    }
 }
 
 /// A compiled snapshot.
@@ -98,10 +113,7 @@ impl Tables {
             let same = before
                 .get(&config.id)
                 .filter(|port| port.config == *config && (Arc::ptr_eq(&port.network, network) || *port.network == **network));
-            let port = same.map_or_else(
-                || Arc::new(Port { config: config.clone(), router: config.subnet.nth(1), network: Arc::clone(network) }),
-                |port| Arc::clone(port),
-            );
+            let port = same.map_or_else(|| Arc::new(Port::new(config, network)), |port| Arc::clone(port));
             ports.insert(config.id, port);
         }
         let mut ports: Vec<_> = ports.into_values().collect();
@@ -122,7 +134,7 @@ pub struct Locals {
 /// # Errors
 /// [`DropReason::DeniedEgress`] and those of [`next_hop`].
 pub fn egress(port: &Port, slot: Slot, ip: &Ipv4, transport: &Transport, locals: &Locals, card: Ipv4Addr) -> Result<Egress, DropReason> {
-    if !security_group::allows(&port.config.egress, &port.network, ip.destination, ip, transport) {
+    if !port.egress.allows(ip.destination, ip, transport) {
         return Err(DropReason::DeniedEgress);
     }
     next_hop(port, slot, ip.destination, locals, card)
@@ -133,11 +145,7 @@ pub fn egress(port: &Port, slot: Slot, ip: &Ipv4, transport: &Transport, locals:
 /// # Errors
 /// [`DropReason::DeniedIngress`].
 pub fn ingress(port: &Port, ip: &Ipv4, transport: &Transport) -> Result<(), DropReason> {
-    if security_group::allows(&port.config.ingress, &port.network, ip.source, ip, transport) {
-        Ok(())
-    } else {
-        Err(DropReason::DeniedIngress)
-    }
+    if port.ingress.allows(ip.source, ip, transport) { Ok(()) } else { Err(DropReason::DeniedIngress) }
 }
 
 /// Where packets of `port` to `destination` go; `card` is this card's VTEP.
