@@ -8,7 +8,7 @@ use crate::packet::{Packet, Pool};
 use crate::policy::GatewaySlot;
 
 /// What happens to the packets of a flow that come from the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Egress {
     /// To another guest of this card.
     Local {
@@ -75,10 +75,11 @@ struct PortOutput {
 
 impl Output {
     /// Adds a frame for the guest of a port.
+    #[inline]
     pub fn port(&mut self, slot: Slot, id: PortId, packet: Packet) {
         let index = slot.0 as usize;
         if self.ports.len() <= index {
-            self.ports.resize_with(index + 1, || PortOutput { id, packets: Vec::new(), judged: 0 });
+            self.grow(index, id);
         }
         if let Some(port) = self.ports.get_mut(index) {
             if port.packets.is_empty() {
@@ -101,6 +102,11 @@ impl Output {
             // Without any it will be touched again.
             port.judged > 0
         });
+    }
+
+    #[cold]
+    fn grow(&mut self, index: usize, id: PortId) {
+        self.ports.resize_with(index + 1, || PortOutput { id, packets: Vec::new(), judged: 0 });
     }
 
     /// Hands over the frames of each guest that has some; whatever `send` leaves

@@ -95,6 +95,7 @@ pub struct Neighbours {
     mac: Mac,
     entries: Map<Ipv4Addr, Neighbour>,
     due: Option<Duration>,
+    epoch: u32,
 }
 
 #[derive(Debug)]
@@ -117,7 +118,29 @@ impl Neighbours {
     /// Nobody known yet; `mac` is the card's own on this wire.
     #[must_use]
     pub fn new(mac: Mac) -> Self {
-        Self { mac, entries: Map::default(), due: None }
+        Self { mac, entries: Map::default(), due: None, epoch: 1 }
+    }
+
+    /// Changes, and is not 0, whenever what [`Neighbours::mac`] said may be wrong now.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The MAC of a neighbour, if it is known.
+    #[must_use]
+    pub fn mac(&self, address: Ipv4Addr) -> Option<Mac> {
+        match self.entries.get(&address)?.state {
+            State::Known(mac) => Some(mac),
+            State::Resolving(_) => None,
+        }
+    }
+
+    /// Notes that a neighbour got packets without [`Neighbours::send`].
+    pub fn used(&mut self, now: Duration, address: Ipv4Addr) {
+        if let Some(neighbour) = self.entries.get_mut(&address) {
+            neighbour.used = now;
+        }
     }
 
     /// Sends `packet`, a frame that lacks only its destination MAC, to `hop`: into
@@ -181,7 +204,10 @@ impl Neighbours {
                     out.push(packet);
                 }
             }
-            neighbour.state = State::Known(mac);
+            let before = std::mem::replace(&mut neighbour.state, State::Known(mac));
+            if matches!(before, State::Known(old) if old != mac) {
+                self.epoch = self.epoch.wrapping_add(1).max(1);
+            }
             neighbour.tries = 0;
             neighbour.due = due;
         } else if asks_us && self.entries.len() < NEIGHBOURS {
@@ -201,6 +227,7 @@ impl Neighbours {
         }
         let mut lost = 0;
         let mac = self.mac;
+        let before = self.entries.len();
         self.entries.retain(|address, neighbour| {
             if neighbour.due > now {
                 return true;
@@ -226,6 +253,9 @@ impl Neighbours {
             neighbour.tries += 1;
             true
         });
+        if self.entries.len() < before {
+            self.epoch = self.epoch.wrapping_add(1).max(1);
+        }
         self.due = self.entries.values().map(|neighbour| neighbour.due).min();
         lost
     }

@@ -100,6 +100,9 @@ pub struct Settings {
     pub underlay: Underlay,
     /// The wire to the internet, on cards that have one.
     pub public: Option<PublicSide>,
+    /// Connections that the card tracks at most; [`crate::flow::FLOWS_MAX`] unless
+    /// there is a reason. Each costs 70 bytes once it was used.
+    pub flows_max: usize,
     /// Secret of the flow hash; random at each start of the card, so that no
     /// sender can aim at one bucket of the table.
     pub seed: u64,

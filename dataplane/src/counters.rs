@@ -213,6 +213,27 @@ pub(crate) struct Tally {
 /// No limit: no count of connections has 64 bits.
 const UNLIMITED: u64 = u64::MAX;
 
+/// Frames to be counted together.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Frames {
+    pub(crate) packets: u64,
+    bytes: u64,
+}
+
+impl Frames {
+    /// A single one.
+    pub(crate) fn one(bytes: usize) -> Self {
+        Self { packets: 1, bytes: bytes as u64 }
+    }
+
+    /// One more.
+    #[inline]
+    pub(crate) fn add(&mut self, bytes: usize) {
+        self.packets += 1;
+        self.bytes += bytes as u64;
+    }
+}
+
 impl Tally {
     pub(crate) fn set_connections_left(&self, left: Option<u32>) {
         self.connections_left.store(left.map_or(UNLIMITED, u64::from), Ordering::Relaxed);
@@ -222,12 +243,12 @@ impl Tally {
         u32::try_from(read(&self.connections_left)).ok()
     }
 
-    pub(crate) fn received(&self, bytes: usize) {
-        add_frame(&self.rx, bytes);
+    pub(crate) fn received(&self, frames: Frames) {
+        add_frames(&self.rx, frames);
     }
 
-    pub(crate) fn sent(&self, bytes: usize) {
-        add_frame(&self.tx, bytes);
+    pub(crate) fn sent(&self, frames: Frames) {
+        add_frames(&self.tx, frames);
     }
 
     pub(crate) fn dropped(&self, reason: DropReason, count: u64) {
@@ -330,9 +351,9 @@ impl Board {
     }
 }
 
-fn add_frame([packets, bytes]: &[AtomicU64; 2], length: usize) {
-    add(packets, 1);
-    add(bytes, length as u64);
+fn add_frames([packets, bytes]: &[AtomicU64; 2], frames: Frames) {
+    add(packets, frames.packets);
+    add(bytes, frames.bytes);
 }
 
 fn add(cell: &AtomicU64, count: u64) {

@@ -1,4 +1,4 @@
-//! The flow table: connections tracked at a port, with what was decided for them.
+//! Flows: connections tracked at a port, with what was decided for them.
 //!
 //! One entry serves both directions of a connection at one port. Its key is the
 //! five-tuple as that port sees it (local and remote), packed into 16 bytes:
@@ -12,42 +12,40 @@
 //! local side asks: so the echo requests of one side never pass as the replies of
 //! the other.
 //!
-//! Lookup: two candidate buckets of 32 tags of 16 bits, one cache line each, found
-//! by a keyed hash; a tag that matches leads to an entry, and its key is compared.
-//! A probe is never longer than two buckets, whatever an attacker sends, and the
-//! table never grows beyond its bound or moves.
-//!
 //! ```text
 //! New ---reply, then ACK of the opener (TCP) / reply, then more (UDP) / reply (others)---> Established
 //! New, Established ---RST, or FIN of both sides---> Closing
 //! ```
 //!
 //! Only New and Closing entries are evicted to make room, and such as are not
-//! tracked: their rules let them on again. An opening SYN on an
-//! entry that exists is a new connection, and policy decides it anew.
+//! tracked: their rules let them on again. An opening SYN on an entry that exists
+//! is a new connection, and policy decides it anew.
+//!
+//! A decision stands under the generation that its port had: one that equals the
+//! port's now says also that every check which depends on nothing but addresses,
+//! ports and configuration was passed by an earlier packet of this direction: the
+//! anti-spoofing, the network ACL, and of an untracked flow the security group. Ports
+//! count their generations from 1, so 0 is no decision. The entry is one cache line:
+//!
+//! ```text
+//! 0    key | 16 egress generation | 20 ingress generation | 24 next hop | 28 origin's VTEP
+//! 32   last seen | 36 flags | 38 source MAC | 44 packets, twice | 52 bytes low, twice | 60 bytes high, twice
+//! ```
+//!
+//! [`FlowTable`] keeps them.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use crate::action::{Egress, Origin};
-use crate::counters::DropReason;
+use bytemuck::Zeroable;
+
+use crate::action::Origin;
 use crate::headers::{self, Ipv4, Transport, tcp};
 use crate::{ConnectionTracking, Mac};
 
-/// Connections that a card tracks at most.
-pub const FLOWS_MAX: usize = 1 << 18;
-/// Connections that one port may hold of them.
-const PORT_FLOWS_MAX: u32 = 1 << 17;
-/// Connections without an answer that one port may hold.
-const PORT_EMBRYONIC_MAX: u32 = 1 << 15;
-/// Entries looked at for one to evict.
-const EVICT_PROBES: usize = 128;
-/// The table is swept once in this many calls of [`FlowTable::sweep`].
-const SWEEP_PARTS: usize = 8;
-/// How often [`FlowTable::sweep`] wants to be called while flows exist.
-pub const SWEEP_EVERY: Duration = Duration::from_millis(125);
+mod table;
 
-const WAYS: usize = 32;
+pub use table::{FLOWS_MAX, FlowId, FlowTable};
 
 /// Index of a port in the pipeline's table of ports, below 2^24.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,13 +61,17 @@ pub enum Direction {
 }
 
 /// A connection as one port sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Zeroable)]
+#[repr(C)]
 pub struct Key {
     high: u64,
     low: u64,
 }
 
 impl Key {
+    /// The key of nothing.
+    pub(crate) const NONE: Self = Self { high: 0, low: 0 };
+
     /// The key of a packet at the port in `slot`.
     #[must_use]
     pub fn new(slot: Slot, direction: Direction, ip: &Ipv4, transport: &Transport) -> Self {
@@ -92,6 +94,29 @@ impl Key {
             high: u64::from(slot.0) << 40 | u64::from(ip.protocol) << 32 | u64::from(u32::from(local)),
             low: u64::from(u32::from(remote)) << 32 | u64::from(local_port) << 16 | u64::from(remote_port),
         }
+    }
+
+    /// The key of a packet of TCP or UDP; `ports` are the local and the remote one.
+    #[inline]
+    pub(crate) fn plain(slot: Slot, protocol: u8, local: u32, remote: u32, ports: u32) -> Self {
+        Self {
+            high: u64::from(slot.0) << 40 | u64::from(protocol) << 32 | u64::from(local),
+            low: u64::from(remote) << 32 | u64::from(ports),
+        }
+    }
+
+    /// A UDP source port for packets that carry the connection: 14 bits which both
+    /// ends derive alike, whatever port of whatever card they are.
+    #[must_use]
+    #[inline]
+    pub fn entropy(self) -> u16 {
+        let (addresses, ports) = (u64::from(halves(self.high).1) + (self.low >> 32), halves(self.low).1);
+        let (protocol, local_port) = (self.high >> 32 & 0xff, u64::from(ports >> 16));
+        // Of ICMP, only the identifier is the same at both ends.
+        let remote_port = if protocol == u64::from(headers::ICMP) { 0 } else { u64::from(ports & 0xffff) };
+        let ends = addresses << 25 | (local_port + remote_port) << 8 | protocol;
+        let mixed = (ends ^ ends >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        0xc000 | u16::try_from(mixed >> 50).unwrap_or(0)
     }
 
     fn slot(self) -> Slot {
@@ -122,52 +147,57 @@ pub enum State {
 }
 
 /// A tracked connection.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Zeroable)]
+#[repr(C, align(64))]
 pub struct Flow {
     key: Key,
-    live: bool,
-    state: State,
-    opener: Direction,
-    answered: bool,
-    untracked: bool,
-    fin_egress: bool,
-    fin_ingress: bool,
-    last_seen_ms: u32,
-    /// What happens to packets from the guest, valid for this generation of its port.
-    pub egress: (u32, Egress),
-    /// Where packets to the guest come from, valid for this generation.
-    pub ingress: (u32, Origin),
-    /// Source MAC of packets to the guest.
-    pub source_mac: Mac,
+    egress_generation: u32,
+    ingress_generation: u32,
+    hop: u32,
+    vtep: u32,
+    seen_ms: u32,
+    flags: u16,
+    source_mac: [u8; 6],
+    packets: [u32; 2],
+    bytes_low: [u32; 2],
+    bytes_high: [u16; 2],
 }
 
-/// Generation of a decision that was not made yet; ports count from 1.
-pub const UNDECIDED: u32 = 0;
+const _: () = assert!(size_of::<Flow>() == 64);
+
+// The bits of `Flow::flags`.
+const ESTABLISHED: u16 = 1;
+const CLOSING: u16 = 1 << 1;
+const OPENED_BY_INGRESS: u16 = 1 << 2;
+const ANSWERED: u16 = 1 << 3;
+/// And the bit above for ingress; the same for the next one.
+const FIN_EGRESS: u16 = 1 << 4;
+/// A packet of the direction without SYN, FIN and RST leaves the state as it is.
+const SETTLED_EGRESS: u16 = 1 << 6;
+const FROM_VTEP: u16 = 1 << 8;
+const FROM_PUBLIC: u16 = 1 << 9;
+const FROM: u16 = FROM_VTEP | FROM_PUBLIC;
+/// The security group is asked again under each generation.
+const UNTRACKED: u16 = 1 << 10;
 
 impl Flow {
     /// A connection that a packet going in `direction` opens.
     #[must_use]
     pub fn new(key: Key, opener: Direction) -> Self {
-        Self {
-            key,
-            live: true,
-            state: State::New,
-            opener,
-            answered: false,
-            untracked: false,
-            fin_egress: false,
-            fin_ingress: false,
-            last_seen_ms: 0,
-            egress: (UNDECIDED, Egress::Public { address: Ipv4Addr::UNSPECIFIED }),
-            ingress: (UNDECIDED, Origin::Local),
-            source_mac: Mac::BROADCAST,
-        }
+        let flags = if opener == Direction::Ingress { OPENED_BY_INGRESS } else { 0 };
+        let mut flow = Self { key, flags, ..Self::zeroed() };
+        flow.settle();
+        flow
     }
 
     /// How far it has come.
     #[must_use]
     pub fn state(&self) -> State {
-        self.state
+        match self.flags & (ESTABLISHED | CLOSING) {
+            0 => State::New,
+            ESTABLISHED => State::Established,
+            _ => State::Closing,
+        }
     }
 
     /// The port that it is at.
@@ -179,18 +209,18 @@ impl Flow {
     /// Which way its first packet went.
     #[must_use]
     pub fn opener(&self) -> Direction {
-        self.opener
+        if self.flags & OPENED_BY_INGRESS == 0 { Direction::Egress } else { Direction::Ingress }
     }
 
     /// Whether its security group is asked again with every new configuration.
     #[must_use]
     pub fn is_untracked(&self) -> bool {
-        self.untracked
+        self.flags & UNTRACKED != 0
     }
 
     /// Says so of a flow that is not in a table yet.
     pub fn set_untracked(&mut self, untracked: bool) {
-        self.untracked = untracked;
+        self.flags = if untracked { self.flags | UNTRACKED } else { self.flags & !UNTRACKED };
     }
 
     /// Whether a packet opens a connection anew instead of going on with this one.
@@ -199,388 +229,175 @@ impl Flow {
         let opens = self.key.protocol() == headers::TCP && transport.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
         // A simultaneous open or a SYN sent twice is decided again too: only a
         // SYN that is decided anew sees a rule that was revoked meanwhile.
-        opens && (self.state != State::New || self.opener == direction)
+        opens && (self.state() != State::New || self.opener() == direction)
     }
 
-    fn idle_limit_ms(&self, tracking: &ConnectionTracking) -> u32 {
-        match (self.key.protocol(), self.state) {
-            (headers::TCP, State::New) => 30_000,
-            (headers::TCP, State::Established) => tracking.tcp_established_s.saturating_mul(1000),
-            (headers::TCP, State::Closing) => 10_000,
-            (headers::UDP_PROTOCOL, State::New) => tracking.udp_s.saturating_mul(1000),
-            (headers::UDP_PROTOCOL, _) => tracking.udp_stream_s.saturating_mul(1000),
-            (headers::ICMP, _) => 30_000,
-            _ => 600_000,
+    /// Packets and bytes of IP that passed in a direction. Packets wrap around after
+    /// 2^32 of them, so a reader takes differences, and at least once a minute.
+    #[must_use]
+    pub fn traffic(&self, direction: Direction) -> (u32, u64) {
+        let [packets, low] = [self.packets, self.bytes_low].map(|both| pick(both, direction));
+        (packets, u64::from(pick(self.bytes_high, direction)) << 32 | u64::from(low))
+    }
+
+    /// Where packets to the guest come from and the source MAC that they get, if
+    /// that was decided under this generation.
+    #[must_use]
+    pub fn ingress(&self, generation: u32) -> Option<(Origin, Mac)> {
+        let origin = match self.flags & FROM {
+            0 => Origin::Local,
+            FROM_VTEP => Origin::Vtep(self.vtep.into()),
+            _ => Origin::Public,
+        };
+        (self.ingress_generation == generation).then_some((origin, Mac(self.source_mac)))
+    }
+
+    /// Decides that.
+    pub fn decide_ingress(&mut self, generation: u32, origin: Origin, source_mac: Mac) {
+        let (from, vtep) = match origin {
+            Origin::Local => (0, Ipv4Addr::UNSPECIFIED),
+            Origin::Vtep(vtep) => (FROM_VTEP, vtep),
+            Origin::Public => (FROM_PUBLIC, Ipv4Addr::UNSPECIFIED),
+        };
+        self.ingress_generation = generation;
+        self.flags = self.flags & !FROM | from;
+        self.vtep = vtep.into();
+        self.source_mac = source_mac.0;
+    }
+
+    /// The next hop of a packet from the guest without SYN, FIN and RST, if that
+    /// was decided under this generation and the packet changes no state.
+    #[inline]
+    pub(crate) fn hit_egress(&self, key: &Key, generation: u32) -> Option<u32> {
+        let hit = self.key == *key && self.egress_generation == generation && self.flags & SETTLED_EGRESS != 0;
+        hit.then_some(self.hop)
+    }
+
+    /// The source MAC of such a packet to the guest from `vtep`, likewise.
+    #[inline]
+    pub(crate) fn hit_ingress(&self, key: &Key, generation: u32, vtep: u32) -> Option<Mac> {
+        const WANTED: u16 = SETTLED_EGRESS << 1 | FROM_VTEP;
+        let hit =
+            self.key == *key && self.ingress_generation == generation && self.vtep == vtep && self.flags & (WANTED | FROM_PUBLIC) == WANTED;
+        hit.then_some(Mac(self.source_mac))
+    }
+
+    /// Counts a packet of `bytes` of IP.
+    #[inline]
+    pub(crate) fn count(&mut self, now_ms: u32, direction: Direction, bytes: u16) {
+        self.seen_ms = now_ms;
+        let egress = direction == Direction::Egress;
+        let [e, i] = &mut self.packets;
+        let packets = if egress { e } else { i };
+        *packets = packets.wrapping_add(1);
+        let [e, i] = &mut self.bytes_low;
+        let low = if egress { e } else { i };
+        let carried;
+        (*low, carried) = low.overflowing_add(bytes.into());
+        let [e, i] = &mut self.bytes_high;
+        let high = if egress { e } else { i };
+        *high = high.wrapping_add(carried.into());
+    }
+
+    /// Which idle limit it lives under.
+    fn class(&self) -> Class {
+        match (self.key.protocol(), self.state()) {
+            (headers::TCP, State::New) => Class::TcpNew,
+            (headers::TCP, State::Established) => Class::TcpEstablished,
+            (headers::TCP, State::Closing) => Class::TcpClosing,
+            (headers::UDP_PROTOCOL, State::New) => Class::Udp,
+            (headers::UDP_PROTOCOL, _) => Class::UdpStream,
+            (headers::ICMP, _) => Class::Icmp,
+            _ => Class::Other,
         }
     }
 
+    /// Whether it was idle for too long.
+    fn is_over(&self, now_ms: u32, tracking: &ConnectionTracking) -> bool {
+        now_ms.wrapping_sub(self.seen_ms) >= self.class().idle_limit_ms(tracking)
+    }
+
+    /// Takes what a packet says about the state of the connection.
     fn observe(&mut self, direction: Direction, transport: &Transport) {
-        let was_answered = self.answered;
-        self.answered |= direction != self.opener;
+        let was_answered = self.flags & ANSWERED != 0;
+        if direction != self.opener() {
+            self.flags |= ANSWERED;
+        }
+        let answered = self.flags & ANSWERED != 0;
         if self.key.protocol() == headers::UDP_PROTOCOL {
             // One question with one answer is no conversation yet.
             if was_answered {
-                self.state = State::Established;
+                self.flags |= ESTABLISHED;
             }
-            return;
-        }
-        if self.key.protocol() != headers::TCP {
-            if self.answered {
-                self.state = State::Established;
+        } else if self.key.protocol() != headers::TCP {
+            if answered {
+                self.flags |= ESTABLISHED;
             }
-            return;
-        }
-        let flags = transport.tcp_flags;
-        match direction {
-            Direction::Egress => self.fin_egress |= flags & tcp::FIN != 0,
-            Direction::Ingress => self.fin_ingress |= flags & tcp::FIN != 0,
-        }
-        if flags & tcp::RST != 0 || (self.fin_egress && self.fin_ingress) {
-            self.state = State::Closing;
-        } else if self.state == State::New && self.answered && direction == self.opener && flags & tcp::ACK != 0 {
-            self.state = State::Established;
-        }
-    }
-}
-
-/// Where an entry is; valid until the entry is removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FlowId(u32);
-
-/// All connections of a card.
-#[derive(Debug)]
-pub struct FlowTable {
-    secret: [u64; 4],
-    tags: Vec<Tags>,
-    ids: Vec<[u32; WAYS]>,
-    flows: Vec<Flow>,
-    free: Vec<u32>,
-    usage: Vec<Usage>,
-    tracking: Vec<ConnectionTracking>,
-    bound: usize,
-    draws: u64,
-    cursor: usize,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-struct Usage {
-    flows: u32,
-    embryonic: u32,
-    untracked: u32,
-}
-
-impl FlowTable {
-    /// An empty table for at most `bound` connections, hashed under `seed`. Its
-    /// memory is touched as it fills.
-    #[must_use]
-    pub fn new(bound: usize, seed: u64) -> Self {
-        let bound = bound.clamp(1, 1 << 30);
-        // At most half of the ways are used, so that two full buckets do not happen.
-        let buckets = (bound * 2 / WAYS).next_power_of_two();
-        let mut state = seed;
-        let secret = std::array::from_fn(|_| split_mix(&mut state));
-        Self {
-            secret,
-            tags: vec![Tags::default(); buckets],
-            ids: vec![[0; WAYS]; buckets],
-            flows: Vec::with_capacity(bound),
-            free: Vec::new(),
-            usage: Vec::new(),
-            tracking: Vec::new(),
-            bound,
-            draws: state,
-            cursor: 0,
-        }
-    }
-
-    /// The keyed hash of a key.
-    #[must_use]
-    #[inline]
-    pub fn hash(&self, key: &Key) -> u64 {
-        let [a, b, c, d] = self.secret;
-        multiply_fold(multiply_fold(key.high ^ a, key.low ^ b) ^ c, key.low ^ d)
-    }
-
-    /// Looks a connection up.
-    #[must_use]
-    #[inline]
-    pub fn find(&self, hash: u64, key: &Key) -> Option<FlowId> {
-        let place = Place::new(hash, self.tags.len());
-        self.find_in(place.primary, place.tag, key).or_else(|| self.find_in(place.secondary, place.tag, key))
-    }
-
-    #[inline]
-    fn find_in(&self, bucket: usize, tag: u16, key: &Key) -> Option<FlowId> {
-        let ids = self.ids.get(bucket)?;
-        for way in self.tags.get(bucket)?.matching(tag) {
-            let id = *ids.get(way)?;
-            if self.flows.get(id as usize).is_some_and(|flow| flow.key == *key) {
-                return Some(FlowId(id));
-            }
-        }
-        None
-    }
-
-    /// The entry.
-    #[must_use]
-    pub fn get(&self, id: FlowId) -> Option<&Flow> {
-        self.flows.get(id.0 as usize)
-    }
-
-    /// The entry, to change its decisions.
-    pub fn get_mut(&mut self, id: FlowId) -> Option<&mut Flow> {
-        self.flows.get_mut(id.0 as usize)
-    }
-
-    /// Notes that a packet of the connection passed.
-    pub fn observe(&mut self, id: FlowId, now: Duration, direction: Direction, transport: &Transport) {
-        if let Some(flow) = self.flows.get_mut(id.0 as usize) {
-            flow.last_seen_ms = milliseconds(now);
-            let before = flow.state;
-            flow.observe(direction, transport);
-            if before == State::New
-                && flow.state != State::New
-                && let Some(usage) = self.usage.get_mut(flow.key.slot().0 as usize)
-            {
-                usage.embryonic -= 1;
-            }
-        }
-    }
-
-    /// Stores a new connection, in place of one that has the same key.
-    ///
-    /// # Errors
-    /// [`DropReason::ConntrackAllowance`] when neither the port's share nor the
-    /// table has room and nothing may be evicted.
-    pub fn insert(&mut self, now: Duration, mut flow: Flow) -> Result<FlowId, DropReason> {
-        let hash = self.hash(&flow.key);
-        if let Some(same) = self.find(hash, &flow.key) {
-            self.remove(same);
-        }
-        let slot = flow.key.slot();
-        let usage = self.usage(slot);
-        if usage.flows >= PORT_FLOWS_MAX || usage.embryonic >= PORT_EMBRYONIC_MAX {
-            self.evict(Some(slot))?;
-        } else if self.len() >= self.bound {
-            self.evict(None)?;
-        }
-        flow.last_seen_ms = milliseconds(now);
-        let untracked = flow.untracked;
-        let place = Place::new(hash, self.tags.len());
-        let (bucket, way) = self.vacancy(place.primary).or_else(|| self.vacancy(place.secondary)).ok_or(DropReason::ConntrackAllowance)?;
-        let id = if let Some(id) = self.free.pop() {
-            if let Some(entry) = self.flows.get_mut(id as usize) {
-                *entry = flow;
-            }
-            id
         } else {
-            self.flows.push(flow);
-            // The bound is below 2^30.
-            u32::try_from(self.flows.len() - 1).unwrap_or(u32::MAX)
-        };
-        self.set(bucket, way, place.tag, id);
-        if let Some(usage) = self.usage.get_mut(slot.0 as usize) {
-            usage.flows += 1;
-            usage.embryonic += 1;
-            usage.untracked += u32::from(untracked);
-        }
-        Ok(FlowId(id))
-    }
-
-    /// Tracks a connection from here on.
-    pub fn track(&mut self, id: FlowId) {
-        let Some(flow) = self.flows.get_mut(id.0 as usize).filter(|flow| flow.live && flow.untracked) else { return };
-        flow.untracked = false;
-        if let Some(usage) = self.usage.get_mut(flow.key.slot().0 as usize) {
-            usage.untracked -= 1;
-        }
-    }
-
-    /// Connections tracked at a port.
-    #[must_use]
-    pub fn tracked(&self, slot: Slot) -> u32 {
-        self.usage.get(slot.0 as usize).map_or(0, |usage| usage.flows - usage.untracked)
-    }
-
-    /// Forgets a connection.
-    pub fn remove(&mut self, id: FlowId) {
-        let Some(flow) = self.flows.get_mut(id.0 as usize).filter(|flow| flow.live) else { return };
-        flow.live = false;
-        let (key, embryonic, untracked) = (flow.key, flow.state == State::New, flow.untracked);
-        let place = Place::new(self.hash(&key), self.tags.len());
-        for bucket in [place.primary, place.secondary] {
-            let Some((tags, ids)) = self.tags.get(bucket).zip(self.ids.get(bucket)) else { return };
-            if let Some(way) = tags.matching(place.tag).find(|way| ids.get(*way) == Some(&id.0)) {
-                self.set(bucket, way, 0, 0);
-                break;
+            let flags = transport.tcp_flags;
+            if flags & tcp::FIN != 0 {
+                self.flags |= FIN_EGRESS << usize::from(direction == Direction::Ingress);
+            }
+            if flags & tcp::RST != 0 || self.flags & (FIN_EGRESS * 3) == FIN_EGRESS * 3 {
+                self.flags = self.flags & !ESTABLISHED | CLOSING;
+            } else if self.state() == State::New && answered && direction == self.opener() && flags & tcp::ACK != 0 {
+                self.flags |= ESTABLISHED;
             }
         }
-        self.free.push(id.0);
-        if let Some(usage) = self.usage.get_mut(key.slot().0 as usize) {
-            usage.flows -= 1;
-            usage.embryonic -= u32::from(embryonic);
-            usage.untracked -= u32::from(untracked);
-        }
+        self.settle();
     }
 
-    /// Changes how long idle connections of a port are remembered, those that it has included.
-    pub fn set_tracking(&mut self, slot: Slot, tracking: ConnectionTracking) {
-        let index = slot.0 as usize;
-        if self.tracking.len() <= index {
-            self.tracking.resize(index + 1, ConnectionTracking::default());
-        }
-        if let Some(place) = self.tracking.get_mut(index) {
-            *place = tracking;
-        }
-    }
-
-    /// Forgets all connections of a port.
-    pub fn remove_port(&mut self, slot: Slot) {
-        self.remove_where(0..self.flows.len(), |flow| flow.key.slot() == slot);
-    }
-
-    /// Forgets the connections of one part of the table that were idle too long.
-    /// Eight calls go over all of it.
-    pub fn sweep(&mut self, now: Duration) {
-        let part = self.flows.len().div_ceil(SWEEP_PARTS);
-        let start = if self.cursor >= self.flows.len() { 0 } else { self.cursor };
-        let end = (start + part).min(self.flows.len());
-        let now_ms = milliseconds(now);
-        let tracking = std::mem::take(&mut self.tracking);
-        self.remove_where(start..end, |flow| {
-            let tracking = tracking.get(flow.key.slot().0 as usize).copied().unwrap_or_default();
-            now_ms.wrapping_sub(flow.last_seen_ms) >= flow.idle_limit_ms(&tracking)
-        });
-        self.tracking = tracking;
-        self.cursor = end;
-        if self.is_empty() {
-            self.flows.clear();
-            self.free.clear();
-        }
-    }
-
-    /// Connections tracked now.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.flows.len() - self.free.len()
-    }
-
-    /// Whether none is.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    fn remove_where(&mut self, range: std::ops::Range<usize>, condition: impl Fn(&Flow) -> bool) {
-        for index in range {
-            if self.flows.get(index).is_some_and(|flow| flow.live && condition(flow)) {
-                self.remove(FlowId(u32::try_from(index).unwrap_or(u32::MAX)));
-            }
-        }
-    }
-
-    /// Makes room by forgetting a connection that is not established, of one port
-    /// or of any. Drawn by lot, so that a flood cannot push out only the others'.
-    fn evict(&mut self, slot: Option<Slot>) -> Result<(), DropReason> {
-        for _ in 0..EVICT_PROBES {
-            // Below the length, as the upper half of a product of two 32-bit numbers.
-            let draw = ((split_mix(&mut self.draws) >> 32) * self.flows.len() as u64) >> 32;
-            let index = u32::try_from(draw).unwrap_or(u32::MAX);
-            let candidate = self.flows.get(index as usize).is_some_and(|flow| {
-                flow.live && (flow.state != State::Established || flow.untracked) && slot.is_none_or(|slot| flow.key.slot() == slot)
-            });
-            if candidate {
-                self.remove(FlowId(index));
-                return Ok(());
-            }
-        }
-        Err(DropReason::ConntrackAllowance)
-    }
-
-    fn usage(&mut self, slot: Slot) -> Usage {
-        let index = slot.0 as usize;
-        if self.usage.len() <= index {
-            self.usage.resize(index + 1, Usage::default());
-        }
-        self.usage.get(index).copied().unwrap_or_default()
-    }
-
-    fn vacancy(&self, bucket: usize) -> Option<(usize, usize)> {
-        let way = self.tags.get(bucket)?.matching(0).next()?;
-        Some((bucket, way))
-    }
-
-    fn set(&mut self, bucket: usize, way: usize, tag: u16, id: u32) {
-        if let Some(tags) = self.tags.get_mut(bucket) {
-            tags.set(way, tag);
-        }
-        if let Some(cell) = self.ids.get_mut(bucket).and_then(|ids| ids.get_mut(way)) {
-            *cell = id;
+    /// Works out which directions are settled. A new connection changes with an
+    /// answer, and with what follows it: from the opener (TCP) or from either (UDP).
+    fn settle(&mut self) {
+        self.flags |= SETTLED_EGRESS * 3;
+        if self.state() == State::New {
+            let settled = match (self.flags & ANSWERED != 0, self.opener()) {
+                (true, _) => 0,
+                (false, Direction::Egress) => SETTLED_EGRESS,
+                (false, Direction::Ingress) => SETTLED_EGRESS << 1,
+            };
+            self.flags = self.flags & !(SETTLED_EGRESS * 3) | settled;
         }
     }
 }
 
-/// Where a hash belongs. A tag is never 0, which marks a vacant way.
-struct Place {
-    primary: usize,
-    secondary: usize,
-    tag: u16,
+/// Kinds of connections that have idle limits of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Class {
+    TcpNew,
+    TcpEstablished,
+    TcpClosing,
+    Udp,
+    UdpStream,
+    Icmp,
+    Other,
 }
 
-impl Place {
-    fn new(hash: u64, buckets: usize) -> Self {
-        let [t0, t1, ..] = hash.to_be_bytes();
-        let (low, high) = (hash & 0xff_ffff, (hash >> 24) & 0xff_ffff);
-        let index = |bits: u64| usize::try_from(bits).unwrap_or(0) & (buckets - 1);
-        Self { primary: index(low), secondary: index(high), tag: u16::from_be_bytes([t0, t1]).max(1) }
-    }
-}
-
-/// The tags of a bucket in one cache line, four lanes of 16 bits to a word.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(align(64))]
-struct Tags([u64; WAYS / 4]);
-
-impl Tags {
-    fn set(&mut self, way: usize, tag: u16) {
-        let shift = (way & 3) * 16;
-        if let Some(word) = self.0.get_mut(way >> 2) {
-            *word = *word & !(0xffff << shift) | u64::from(tag) << shift;
+impl Class {
+    fn idle_limit_ms(self, tracking: &ConnectionTracking) -> u32 {
+        match self {
+            Class::TcpNew | Class::Icmp => 30_000,
+            Class::TcpEstablished => tracking.tcp_established_s.saturating_mul(1000),
+            Class::TcpClosing => 10_000,
+            Class::Udp => tracking.udp_s.saturating_mul(1000),
+            Class::UdpStream => tracking.udp_stream_s.saturating_mul(1000),
+            Class::Other => 600_000,
         }
     }
+}
 
-    /// The ways whose tag equals `tag`. Whole words are compared: a lane of
-    /// `differs` is zero where the tag is equal, and the addition carries into the
-    /// top bit of every lane where it is not.
-    #[inline]
-    fn matching(&self, tag: u16) -> Ways {
-        const LOW: u64 = 0x7fff_7fff_7fff_7fff;
-        let wanted = u64::from(tag) * 0x0001_0001_0001_0001;
-        let bits = self.0.iter().enumerate().fold(0, |bits, (index, word)| {
-            let differs = word ^ wanted;
-            let equal = !((differs & LOW).wrapping_add(LOW) | differs | LOW);
-            bits | equal >> 15 << index
-        });
-        Ways(bits)
+fn pick<T>([egress, ingress]: [T; 2], direction: Direction) -> T {
+    match direction {
+        Direction::Egress => egress,
+        Direction::Ingress => ingress,
     }
 }
 
-/// A set of ways: bit 16 * lane + word stands for way 4 * word + lane.
-#[derive(Debug, Clone, Copy)]
-struct Ways(u64);
-
-impl Iterator for Ways {
-    type Item = usize;
-
-    #[inline]
-    fn next(&mut self) -> Option<usize> {
-        if self.0 == 0 {
-            return None;
-        }
-        let bit = self.0.trailing_zeros() as usize;
-        self.0 &= self.0 - 1;
-        Some((bit & 15) << 2 | bit >> 4)
-    }
+/// The upper and the lower half.
+#[inline]
+fn halves(word: u64) -> (u32, u32) {
+    [word >> 32, word & 0xffff_ffff].map(|half| u32::try_from(half).unwrap_or(0)).into()
 }
 
 #[inline]
@@ -590,186 +407,12 @@ fn multiply_fold(a: u64, b: u64) -> u64 {
     high ^ low
 }
 
-/// SplitMix64: spreads a seed over the words of the secret.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut mixed = *state;
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
-}
-
 /// Milliseconds that wrap around after 49 days; only differences are used, and
 /// the sweep forgets an entry long before they are ambiguous.
-fn milliseconds(now: Duration) -> u32 {
+#[inline]
+pub(crate) fn milliseconds(now: Duration) -> u32 {
     u32::try_from(now.as_millis() & u128::from(u32::MAX)).unwrap_or(0)
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation)]
-mod tests {
-    use super::*;
-
-    fn key(slot: u32, n: u32) -> Key {
-        let ip = Ipv4 {
-            header_len: 20,
-            total_len: 40,
-            id: 0,
-            dont_fragment: false,
-            more_fragments: false,
-            fragment_offset: 0,
-            ttl: 64,
-            protocol: headers::TCP,
-            source: (0x0a00_0000 + (n >> 16)).into(),
-            destination: [10, 1, 0, 1].into(),
-        };
-        let transport = Transport { source_port: n as u16, destination_port: 80, ..Transport::default() };
-        Key::new(Slot(slot), Direction::Egress, &ip, &transport)
-    }
-
-    fn segment(flags: u8) -> Transport {
-        Transport { tcp_flags: flags, ..Transport::default() }
-    }
-
-    fn open(table: &mut FlowTable, key: Key) -> Result<FlowId, DropReason> {
-        table.insert(Duration::ZERO, Flow::new(key, Direction::Egress))
-    }
-
-    fn establish(table: &mut FlowTable, id: FlowId) {
-        table.observe(id, Duration::ZERO, Direction::Egress, &segment(tcp::SYN));
-        table.observe(id, Duration::ZERO, Direction::Ingress, &segment(tcp::SYN | tcp::ACK));
-        assert_eq!(table.get(id).unwrap().state(), State::New, "an answer alone may go to a forged source");
-        table.observe(id, Duration::ZERO, Direction::Egress, &segment(tcp::ACK));
-        assert_eq!(table.get(id).unwrap().state(), State::Established);
-    }
-
-    fn find(table: &FlowTable, key: &Key) -> Option<FlowId> {
-        table.find(table.hash(key), key)
-    }
-
-    #[test]
-    fn both_directions_of_a_connection_have_one_key() {
-        let forth = Ipv4 { source: [1, 1, 1, 1].into(), destination: [2, 2, 2, 2].into(), ..quoted() };
-        let back = Ipv4 { source: forth.destination, destination: forth.source, ..forth };
-        let there = Transport { source_port: 7, destination_port: 9, ..Transport::default() };
-        let here = Transport { source_port: 9, destination_port: 7, ..Transport::default() };
-        let key = Key::new(Slot(3), Direction::Egress, &forth, &there);
-        assert_eq!(key, Key::new(Slot(3), Direction::Ingress, &back, &here));
-        assert_ne!(key, Key::new(Slot(4), Direction::Ingress, &back, &here));
-        assert_ne!(key, Key::new(Slot(3), Direction::Ingress, &forth, &there));
-        assert_eq!((key.slot(), key.protocol()), (Slot(3), headers::TCP));
-    }
-
-    fn quoted() -> Ipv4 {
-        let mut bytes = [0; 20];
-        headers::write_ipv4(&mut bytes, ([0; 4].into(), [0; 4].into()), headers::TCP, (0, 0), 20);
-        headers::ipv4_quoted(&bytes).unwrap()
-    }
-
-    #[test]
-    fn exactly_the_ways_with_the_tag_match() {
-        let mut state = 3;
-        for _ in 0..10_000 {
-            let mut tags = Tags::default();
-            let mut plain = [0u16; WAYS];
-            for (way, cell) in plain.iter_mut().enumerate() {
-                *cell = [0, 1, 0x7fff, 0x8000, 0xffff, 0x8001][(split_mix(&mut state) % 6) as usize];
-                tags.set(way, *cell);
-            }
-            for tag in [0, 1, 0x7fff, 0x8000, 0xffff, 0x8001, 77] {
-                let found: std::collections::BTreeSet<_> = tags.matching(tag).collect();
-                assert_eq!(found, (0..WAYS).filter(|way| plain[*way] == tag).collect());
-            }
-        }
-    }
-
-    #[test]
-    fn the_table_agrees_with_a_plain_map_under_churn() {
-        let mut table = FlowTable::new(1 << 12, 42);
-        let mut model = std::collections::BTreeMap::new();
-        let mut state = 1;
-        for _ in 0..200_000 {
-            let random = split_mix(&mut state);
-            let key = key(random as u32 & 3, (random >> 8) as u32 & 0xfff);
-            if random >> 63 == 0 && model.len() < 1 << 11 {
-                let id = open(&mut table, key).unwrap();
-                model.insert(key.high ^ key.low, (key, id));
-            } else if let Some((_, id)) = model.remove(&(key.high ^ key.low)) {
-                table.remove(id);
-            }
-            assert_eq!(find(&table, &key), model.get(&(key.high ^ key.low)).map(|(_, id)| *id));
-        }
-        assert_eq!(table.len(), model.len());
-        assert!(model.values().all(|(key, id)| find(&table, key) == Some(*id)));
-    }
-
-    #[test]
-    fn a_full_table_evicts_the_embryonic_and_never_the_established() {
-        let mut table = FlowTable::new(1024, 42);
-        for n in 0..512 {
-            let id = open(&mut table, key(1, n)).unwrap();
-            establish(&mut table, id);
-        }
-        for n in 512..100_000 {
-            open(&mut table, key(2, n)).unwrap();
-        }
-        assert_eq!(table.len(), 1024);
-        for n in 0..512 {
-            assert!(find(&table, &key(1, n)).is_some());
-        }
-        for n in 0..512 {
-            let found = find(&table, &key(1, n)).unwrap();
-            assert_eq!(table.get(found).unwrap().state(), State::Established);
-        }
-        let ids: Vec<_> = (512..100_000).filter_map(|n| find(&table, &key(2, n))).collect();
-        assert_eq!(ids.len(), 512);
-        ids.into_iter().for_each(|id| establish(&mut table, id));
-        assert_eq!(open(&mut table, key(3, 1)), Err(DropReason::ConntrackAllowance));
-    }
-
-    #[test]
-    fn a_flood_at_one_port_leaves_room_for_the_others() {
-        let mut table = FlowTable::new(FLOWS_MAX, 42);
-        for n in 0..FLOWS_MAX as u32 {
-            open(&mut table, key(1, n)).unwrap();
-        }
-        assert_eq!(table.len(), PORT_EMBRYONIC_MAX as usize);
-        open(&mut table, key(2, 1)).unwrap();
-        table.remove_port(Slot(1));
-        assert_eq!(table.len(), 1);
-        assert!(find(&table, &key(2, 1)).is_some());
-    }
-
-    #[test]
-    fn sweeping_all_parts_forgets_what_is_idle() {
-        let mut table = FlowTable::new(1024, 42);
-        let old = open(&mut table, key(1, 1)).unwrap();
-        establish(&mut table, old);
-        for n in 2..100 {
-            open(&mut table, key(1, n)).unwrap();
-        }
-        for _ in 0..=SWEEP_PARTS {
-            table.sweep(Duration::from_secs(29));
-        }
-        assert_eq!(table.len(), 99);
-        for _ in 0..=SWEEP_PARTS {
-            table.sweep(Duration::from_secs(31));
-        }
-        assert_eq!(table.len(), 1);
-        for _ in 0..=SWEEP_PARTS {
-            table.sweep(Duration::from_secs(351));
-        }
-        assert!(table.is_empty());
-        open(&mut table, key(1, 1)).unwrap();
-    }
-
-    #[test]
-    fn nearly_all_flows_find_room_in_their_two_buckets() {
-        let mut table = FlowTable::new(1 << 16, 99);
-        for n in 0..1 << 16 {
-            let id = open(&mut table, key(n & 7, n)).unwrap();
-            establish(&mut table, id);
-        }
-        assert_eq!(table.len(), 1 << 16);
-    }
-}
+mod tests;

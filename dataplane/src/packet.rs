@@ -7,7 +7,7 @@
 //!
 //! The headroom takes the outer headers of an encapsulated frame (14 Ethernet,
 //! 20 IPv4, 8 UDP, 8 VXLAN), so that encapsulation never copies the payload.
-//! Invariant: `start <= end <= buffer.len()`, kept by every method here.
+//! Invariant: `start <= end <= SIZE`, kept by every method here.
 
 use std::net::Ipv4Addr;
 
@@ -16,43 +16,73 @@ pub const HEADROOM: usize = 128;
 /// Largest frame carried: 9,001 bytes of IP, Ethernet and outer headers.
 pub const FRAME_MAX: usize = 9216;
 
-/// An Ethernet frame in an owned buffer.
+/// Bytes of a buffer: whole cache lines.
+const SIZE: usize = HEADROOM + FRAME_MAX;
+
+/// The bytes of a packet. On cache lines, so that a short frame is one of them.
+#[derive(Clone)]
+#[repr(align(64))]
+struct Buffer([u8; SIZE]);
+
+/// An Ethernet frame in an owned buffer. The handle has 16 bytes: bursts move it often.
 #[derive(Clone)]
 pub struct Packet {
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-    peer: Option<Ipv4Addr>,
+    buffer: Box<Buffer>,
+    start: u16,
+    end: u16,
+    /// 0.0.0.0 is none.
+    peer: u32,
 }
+
+const START: u16 = 128;
+const _: () = assert!(START as usize == HEADROOM && SIZE <= u16::MAX as usize && size_of::<Packet>() == 16);
 
 impl Packet {
     /// An empty packet with [`HEADROOM`] in front and room for [`FRAME_MAX`] bytes.
     #[must_use]
     pub fn new() -> Self {
-        Self { buffer: vec![0; HEADROOM + FRAME_MAX].into_boxed_slice(), start: HEADROOM, end: HEADROOM, peer: None }
+        Self { buffer: Box::new(Buffer([0; SIZE])), start: START, end: START, peer: 0 }
     }
 
     /// The frame.
     #[must_use]
+    #[inline]
     pub fn as_slice(&self) -> &[u8] {
-        self.buffer.get(self.start..self.end).unwrap_or_default()
+        self.buffer.0.get(self.start.into()..self.end.into()).unwrap_or_default()
     }
 
     /// The frame, to be changed in place.
+    #[inline]
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        self.buffer.get_mut(self.start..self.end).unwrap_or_default()
+        self.buffer.0.get_mut(self.start.into()..self.end.into()).unwrap_or_default()
     }
 
     /// All the room behind the headroom, whatever it holds: a device reads into
     /// it and then calls [`Packet::set_len`].
+    #[inline]
     pub fn room_mut(&mut self) -> &mut [u8] {
-        self.buffer.get_mut(self.start..).unwrap_or_default()
+        self.buffer.0.get_mut(self.start.into()..).unwrap_or_default()
+    }
+
+    /// The first `N` bytes from where the frame starts, of which those beyond
+    /// [`Packet::len`] are left over from other frames.
+    #[must_use]
+    #[inline]
+    pub(crate) fn window<const N: usize>(&self) -> Option<&[u8; N]> {
+        self.buffer.0.get(self.start.into()..)?.first_chunk()
+    }
+
+    /// As [`Packet::window`], to be changed in place.
+    #[inline]
+    pub(crate) fn window_mut<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
+        self.buffer.0.get_mut(self.start.into()..)?.first_chunk_mut()
     }
 
     /// Bytes of the frame.
     #[must_use]
+    #[inline]
     pub fn len(&self) -> usize {
-        self.end - self.start
+        (self.end - self.start).into()
     }
 
     /// Whether the frame has no bytes.
@@ -64,9 +94,10 @@ impl Packet {
     /// Sets the length of the frame, counted from where it starts. Returns false
     /// and changes nothing when the buffer has not that many bytes.
     #[must_use]
+    #[inline]
     pub fn set_len(&mut self, len: usize) -> bool {
-        match self.start.checked_add(len) {
-            Some(end) if end <= self.buffer.len() => {
+        match u16::try_from(len).ok().and_then(|len| self.start.checked_add(len)) {
+            Some(end) if usize::from(end) <= SIZE => {
                 self.end = end;
                 true
             }
@@ -77,27 +108,53 @@ impl Packet {
     /// Grows the frame by `count` bytes in front, taken from the headroom, and
     /// returns them to be filled. `None`: the headroom has not that many.
     #[must_use]
+    #[inline]
     pub fn push_front(&mut self, count: usize) -> Option<&mut [u8]> {
-        let start = self.start.checked_sub(count)?;
-        let header = self.buffer.get_mut(start..self.start)?;
+        let start = self.start.checked_sub(u16::try_from(count).ok()?)?;
+        let header = self.buffer.0.get_mut(start.into()..self.start.into())?;
         self.start = start;
         Some(header)
+    }
+
+    /// Bytes that [`Packet::push_front`] can take.
+    #[must_use]
+    #[inline]
+    pub(crate) fn headroom(&self) -> usize {
+        self.start.into()
+    }
+
+    /// Moves the start of the frame to `start` in the buffer and sets its length.
+    /// Returns false and changes nothing when that leaves the buffer.
+    #[must_use]
+    #[inline]
+    pub(crate) fn reframe(&mut self, start: usize, len: usize) -> bool {
+        match (u16::try_from(start), u16::try_from(start.wrapping_add(len))) {
+            (Ok(start), Ok(end)) if start <= end && usize::from(end) <= SIZE => {
+                (self.start, self.end) = (start, end);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Takes `count` bytes off the front of the frame; they become headroom.
     /// Returns false and changes nothing when the frame is shorter.
     #[must_use]
+    #[inline]
     pub fn pull_front(&mut self, count: usize) -> bool {
-        if self.len() < count {
-            return false;
+        match u16::try_from(count) {
+            Ok(less) if count <= self.len() => {
+                self.start += less;
+                true
+            }
+            _ => false,
         }
-        self.start += count;
-        true
     }
 
     /// Makes `frame` the content, behind a full headroom. Returns false and
     /// leaves the packet empty when it is longer than [`FRAME_MAX`].
     #[must_use]
+    #[inline]
     pub fn copy_from(&mut self, frame: &[u8]) -> bool {
         self.reset();
         match self.room_mut().get_mut(..frame.len()) {
@@ -110,10 +167,11 @@ impl Packet {
     }
 
     /// Empties the frame and gives the headroom back.
+    #[inline]
     pub fn reset(&mut self) {
-        self.start = HEADROOM;
-        self.end = HEADROOM;
-        self.peer = None;
+        self.start = START;
+        self.end = START;
+        self.peer = 0;
     }
 
     /// The other card's underlay address, where the device carries it beside the
@@ -121,12 +179,12 @@ impl Packet {
     /// source of a received packet, the destination of one to be sent.
     #[must_use]
     pub fn peer(&self) -> Option<Ipv4Addr> {
-        self.peer
+        (self.peer != 0).then(|| self.peer.into())
     }
 
     /// Sets [`Packet::peer`].
     pub fn set_peer(&mut self, peer: Ipv4Addr) {
-        self.peer = Some(peer);
+        self.peer = peer.into();
     }
 }
 
@@ -138,12 +196,12 @@ impl Default for Packet {
 
 impl std::fmt::Debug for Packet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Packet").field("len", &self.len()).field("peer", &self.peer).finish_non_exhaustive()
+        f.debug_struct("Packet").field("len", &self.len()).field("peer", &self.peer()).finish_non_exhaustive()
     }
 }
 
-/// Free packets of one worker. In steady state `get` and `put` only move
-/// buffers; the bound keeps a burst from holding memory for ever.
+/// Free packets of one worker, the last one used first: its lines are still in the
+/// cache. In steady state `get` and `put` only move buffers; the bound keeps a burst from holding memory for ever.
 #[derive(Debug)]
 pub struct Pool {
     free: Vec<Packet>,
@@ -159,11 +217,13 @@ impl Pool {
 
     /// An empty packet; a new buffer only when no free one is left.
     #[must_use]
+    #[inline]
     pub fn get(&mut self) -> Packet {
         self.free.pop().unwrap_or_default()
     }
 
     /// Takes a packet back. Beyond the bound its buffer is freed.
+    #[inline]
     pub fn put(&mut self, mut packet: Packet) {
         if self.free.len() < self.bound {
             packet.reset();
@@ -172,10 +232,11 @@ impl Pool {
     }
 
     /// Takes all of `packets` back.
+    #[inline]
     pub fn put_all(&mut self, packets: &mut Vec<Packet>) {
-        for packet in packets.drain(..) {
-            self.put(packet);
-        }
+        packets.truncate(self.bound - self.free.len());
+        packets.iter_mut().for_each(Packet::reset);
+        self.free.append(packets);
     }
 }
 

@@ -24,6 +24,7 @@
 //! its next packet, by the ACL and the routes. That it may exist was decided once,
 //! when it was opened, if it is tracked; if not, the groups are asked again too.
 
+mod burst;
 mod guest;
 mod ingress;
 mod limits;
@@ -43,8 +44,8 @@ use rate_limit::TokenBucket;
 
 use crate::action::{Origin, Output};
 use crate::arp::{self, Neighbours};
-use crate::counters::{Board, DropReason, Tally};
-use crate::flow::{FLOWS_MAX, FlowTable, SWEEP_EVERY, Slot};
+use crate::counters::{Board, DropReason, Frames, Tally};
+use crate::flow::{FlowTable, Slot};
 use crate::fragment::FragmentTable;
 use crate::headers::ETHERNET;
 use crate::packet::{Packet, Pool};
@@ -98,7 +99,7 @@ enum Next {
     /// To the guest.
     Deliver(Slot),
     /// To another card; the VXLAN header is in place.
-    Underlay { vtep: Ipv4Addr, entropy: u64 },
+    Underlay { vtep: Ipv4Addr, entropy: u16 },
     /// To the internet; addresses are translated.
     Public { hop: Ipv4Addr, sender: Ipv4Addr },
     /// To the card's services.
@@ -124,6 +125,7 @@ pub struct Pipeline {
     announcements: Vec<Announcement>,
     generation: u32,
     sweep_at: Duration,
+    fast: burst::Fast,
     board: Arc<Board>,
 }
 
@@ -181,6 +183,11 @@ impl Pipeline {
     /// A pipeline without ports.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
+        Self::with_fast_path(settings, true)
+    }
+
+    /// A pipeline that sends every packet through `run`, or not.
+    fn with_fast_path(settings: Settings, enabled: bool) -> Self {
         Self {
             ports: Vec::new(),
             by_id: Map::default(),
@@ -188,13 +195,14 @@ impl Pipeline {
             allowances: Vec::new(),
             locals: Locals::default(),
             networks: Map::default(),
-            flows: FlowTable::new(FLOWS_MAX, settings.seed),
+            flows: FlowTable::new(settings.flows_max, settings.seed),
             fragments: FragmentTable::default(),
             underlay: Neighbours::new(settings.underlay.mac),
             public: settings.public.map(|side| Neighbours::new(side.mac)),
             announcements: Vec::new(),
             generation: 0,
             sweep_at: Duration::ZERO,
+            fast: burst::Fast::new(enabled),
             board: Arc::default(),
             settings,
         }
@@ -232,9 +240,7 @@ impl Pipeline {
         if let Some(slot) = at {
             self.police_sent(turn, slot, packets);
         }
-        for packet in packets.drain(..) {
-            self.run(turn, from, at, packet);
-        }
+        self.burst(turn, from, at, packets);
         self.police_received(turn);
         self.account(turn, sent);
     }
@@ -264,7 +270,7 @@ impl Pipeline {
         let sent = (turn.out.underlay.len(), turn.out.public.len());
         if self.sweep_at <= turn.now {
             self.flows.sweep(turn.now);
-            self.sweep_at = turn.now + SWEEP_EVERY;
+            self.sweep_at = turn.now + self.flows.sweep_every();
         }
         self.gateways_tick(turn.now);
         let mut lost = self.underlay.tick(turn.now, turn.pool, &mut turn.out.underlay);
@@ -328,12 +334,12 @@ impl Pipeline {
 
     fn deliver(&mut self, turn: &mut Turn<'_>, slot: Slot, packet: Packet) {
         if let Some(state) = self.port(slot) {
-            state.tally.sent(packet.len());
+            state.tally.sent(Frames::one(packet.len()));
             turn.out.port(slot, state.hot.id, packet);
         }
     }
 
-    fn send_underlay(&mut self, turn: &mut Turn<'_>, at: Option<Slot>, mut packet: Packet, vtep: Ipv4Addr, entropy: u64) {
+    fn send_underlay(&mut self, turn: &mut Turn<'_>, at: Option<Slot>, mut packet: Packet, vtep: Ipv4Addr, entropy: u16) {
         let underlay = self.settings.underlay;
         if !underlay.encapsulated {
             packet.set_peer(vtep);
@@ -449,6 +455,7 @@ impl Pipeline {
             }
         }
         let before = std::mem::replace(&mut self.locals, locals);
+        self.fast.forget_ports();
         self.announcements.retain(|announcement| self.locals.is_public(announcement.address));
         if self.public.is_some() {
             let new = self.locals.public_addresses().filter(|address| !before.is_public(*address));
@@ -466,8 +473,13 @@ impl Pipeline {
     }
 
     fn account(&self, turn: &Turn<'_>, (underlay, public): (usize, usize)) {
-        turn.out.underlay.iter().skip(underlay).for_each(|packet| self.board.underlay.sent(packet.len()));
-        turn.out.public.iter().skip(public).for_each(|packet| self.board.public.sent(packet.len()));
+        let frames = |packets: &[Packet]| {
+            let mut frames = Frames::default();
+            packets.iter().for_each(|packet| frames.add(packet.len()));
+            frames
+        };
+        self.board.underlay.sent(frames(turn.out.underlay.get(underlay..).unwrap_or_default()));
+        self.board.public.sent(frames(turn.out.public.get(public..).unwrap_or_default()));
         self.allowances_show();
         self.board.flows.store(self.flows.len() as u64, Ordering::Relaxed);
     }

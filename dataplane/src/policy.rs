@@ -16,10 +16,11 @@ use foldhash::fast::FixedState;
 use crate::action::Egress;
 use crate::counters::DropReason;
 use crate::flow::{Direction, Slot};
-use crate::headers::{self, Ipv4, Transport};
+use crate::headers::{Ipv4, Transport};
 use crate::resolver::{Addresses, Resolver};
 use crate::route::{RouteTable, Target};
-use crate::{GroupId, Mac, NatGatewayConfig, NetworkConfig, PortConfig, Prefix, Route, RouteTarget, Snapshot, Vni, acl, security_group};
+use crate::security_group::RuleSet;
+use crate::{GroupId, Mac, NatGatewayConfig, NetworkConfig, PortConfig, Prefix, Route, RouteTarget, Snapshot, Vni, acl};
 
 /// A hash map whose iteration order depends on nothing but its content. Its keys
 /// come from the control plane, so they need no secret.
@@ -47,7 +48,7 @@ pub struct Network {
 }
 
 impl Network {
-    fn new(config: &NetworkConfig) -> Self {
+    pub(crate) fn new(config: &NetworkConfig) -> Self {
         let endpoint = |m: &crate::Mapping| (m.ip, Endpoint { mac: m.mac, vtep: m.vtep });
         Self {
             endpoints: config.mappings.iter().map(endpoint).collect(),
@@ -70,10 +71,9 @@ impl Network {
         self.forwarders.contains(&vtep)
     }
 
-    /// Whether an address is a member of a group.
-    #[must_use]
-    pub fn is_member(&self, group: GroupId, address: Ipv4Addr) -> bool {
-        self.groups.get(&group).is_some_and(|members| members.contains(&address))
+    /// The members of a group.
+    pub fn members(&self, group: GroupId) -> impl Iterator<Item = Ipv4Addr> {
+        self.groups.get(&group).into_iter().flatten().copied()
     }
 }
 
@@ -149,6 +149,9 @@ pub struct Port {
     pub resolver: Option<Ipv4Addr>,
     /// Where it stands.
     pub site: Site,
+    /// What may open a connection to the guest, and what it may open one to.
+    pub(crate) ingress: RuleSet,
+    pub(crate) egress: RuleSet,
 }
 
 impl Addresses for Port {
@@ -221,7 +224,14 @@ impl Port {
         let site = Site::new(networks, config.vni, config.subnet, &config.vpc_prefixes, &config.routes);
         let first = config.vpc_prefixes.first().unwrap_or(&config.subnet);
         let resolver = site.network.resolver.is_some().then(|| first.nth(2));
-        Self { config: config.clone(), router: config.subnet.nth(1), resolver, site }
+        Self {
+            router: config.subnet.nth(1),
+            resolver,
+            ingress: RuleSet::compile(&config.ingress, &site.network),
+            egress: RuleSet::compile(&config.egress, &site.network),
+            site,
+            config: config.clone(),
+        }
     }
 }
 
@@ -283,17 +293,15 @@ pub enum Tracking {
 /// address and all ports; but through a NAT gateway everything is.
 #[must_use]
 pub fn tracking(port: &Port, opener: Direction, ip: &Ipv4, transport: &Transport) -> Tracking {
-    let config = &port.config;
     let (there, back, remote) = match opener {
-        Direction::Egress => (&config.egress, &config.ingress, ip.destination),
-        Direction::Ingress => (&config.ingress, &config.egress, ip.source),
+        Direction::Egress => (&port.egress, &port.ingress, ip.destination),
+        Direction::Ingress => (&port.ingress, &port.egress, ip.source),
     };
-    if !security_group::allows(there, &port.site.network, remote, ip, transport) {
+    if !there.allows(remote, ip, transport) {
         return Tracking::Denied;
     }
-    let for_everybody = matches!(ip.protocol, headers::TCP | headers::UDP_PROTOCOL)
-        && security_group::allows_anybody(there, ip.protocol, transport)
-        && security_group::allows_all(back, ip.protocol);
+    // Of TCP and UDP alone a rule set says that all of it passes.
+    let for_everybody = back.allows_all(ip.protocol) && there.allows_anybody(ip, transport);
     let by_nat_gateway = || matches!(port.site.target(remote), Some(Target::Route(RouteTarget::NatGateway(_))));
     if for_everybody && !by_nat_gateway() { Tracking::Untracked } else { Tracking::Tracked }
 }

@@ -4,8 +4,10 @@
 //! | Ethernet 14 | IPv4 20 | UDP 8 | flags (8), I = 0x08 | reserved (24) | VNI (24) | reserved (8) | inner frame
 //! ```
 //!
-//! The source port carries 14 bits of the inner flow's hash, so that the underlay
-//! spreads flows over its paths and keeps each on one. The outer UDP checksum is
+//! The source port carries 14 bits that both ends of the inner flow agree on
+//! ([`Key::entropy`](crate::flow::Key::entropy)), so that the underlay spreads flows
+//! over its paths and keeps each on one, and each card finds both directions of a
+//! connection on one queue. The outer UDP checksum is
 //! zero, as the RFC asks of senders over IPv4, and not looked at in what arrives.
 
 use std::net::Ipv4Addr;
@@ -30,42 +32,64 @@ const DONT_FRAGMENT: u16 = 0x4000;
 pub fn decap(payload: &[u8]) -> Result<(Vni, &[u8]), DropReason> {
     let (header, inner) = payload.split_first_chunk::<VXLAN>().ok_or(DropReason::Truncated)?;
     let [flags, _, _, _, high, middle, low, _] = *header;
-    if flags & FLAG_I == 0 {
+    if !is_flagged(flags) {
         return Err(DropReason::NoVni);
     }
     Ok((Vni(u32::from_be_bytes([0, high, middle, low])), inner))
 }
 
+/// Whether the flags of a VXLAN header say that it has a VNI.
+#[must_use]
+#[inline]
+pub fn is_flagged(flags: u8) -> bool {
+    flags & FLAG_I != 0
+}
+
 /// Puts the VXLAN header in front of a frame. Returns false when there is no room.
 #[must_use]
 pub fn push_header(packet: &mut Packet, vni: Vni) -> bool {
-    let [_, high, middle, low] = vni.0.to_be_bytes();
     match packet.push_front(VXLAN) {
         Some(header) => {
-            write(header, 0, [FLAG_I, 0, 0, 0, high, middle, low, 0]);
+            write_header(header, vni);
             true
         }
         None => false,
     }
 }
 
+/// Fills the 8 bytes of a VXLAN header.
+pub fn write_header(header: &mut [u8], vni: Vni) {
+    let [_, high, middle, low] = vni.0.to_be_bytes();
+    write(header, 0, [FLAG_I, 0, 0, 0, high, middle, low, 0]);
+}
+
 /// Puts the outer headers in front of a VXLAN payload, all but the destination
-/// MAC. `entropy` is a hash of the inner flow. Returns false when there is no room.
+/// MAC. `port` is the UDP source port. Returns false when there is no room.
 #[must_use]
-pub fn push_outer(packet: &mut Packet, underlay: &Underlay, vtep: Ipv4Addr, entropy: u64) -> bool {
-    let length = packet.len() + UDP;
-    let Some(header) = packet.push_front(ETHERNET + IPV4 + UDP) else { return false };
+pub fn push_outer(packet: &mut Packet, underlay: &Underlay, vtep: Ipv4Addr, port: u16) -> bool {
+    let length = packet.len();
+    match packet.push_front(ETHERNET + IPV4 + UDP) {
+        Some(header) => {
+            write_outer(header, underlay, vtep, port, length);
+            true
+        }
+        None => false,
+    }
+}
+
+/// Fills the 42 bytes of the outer headers before a payload of `length` bytes, all
+/// but the destination MAC.
+pub fn write_outer(header: &mut [u8], underlay: &Underlay, vtep: Ipv4Addr, port: u16, length: usize) {
+    let length = length + UDP;
     headers::write_ethernet(header, Mac([0; 6]), underlay.mac, headers::TYPE_IPV4);
     if let Some(ip) = header.get_mut(ETHERNET..) {
         headers::write_ipv4(ip, (underlay.address, vtep), headers::UDP_PROTOCOL, (0, DONT_FRAGMENT), length);
     }
-    let port = 0xc000 | u16::try_from(entropy >> 32 & 0x3fff).unwrap_or(0);
     write(header, ETHERNET + IPV4, port.to_be_bytes());
     write(header, ETHERNET + IPV4 + 2, PORT.to_be_bytes());
     // A frame is far below 64 KiB, so the length always fits.
     write(header, ETHERNET + IPV4 + 4, u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes());
     write(header, ETHERNET + IPV4 + 6, [0, 0]);
-    true
 }
 
 /// Finds the VXLAN payload behind the outer Ethernet header: the VTEP that sent
@@ -114,12 +138,12 @@ mod tests {
         let mut packet = Packet::new();
         assert!(packet.copy_from(&[7; 9015]));
         assert!(push_header(&mut packet, Vni(0xab_cdef)));
-        assert!(push_outer(&mut packet, &UNDERLAY, UNDERLAY.address, u64::MAX));
+        assert!(push_outer(&mut packet, &UNDERLAY, UNDERLAY.address, 0xffff));
         assert_eq!(packet.len(), 9015 + 50);
         let bytes = &packet.as_slice()[ETHERNET..];
         let (vtep, range) = outer(bytes, &UNDERLAY).unwrap();
         assert_eq!(vtep, UNDERLAY.address);
         assert_eq!(decap(&bytes[range]).unwrap(), (Vni(0xab_cdef), &[7; 9015][..]));
-        assert_eq!(read(bytes, 20), Some([0xff, 0xff]), "14 bits of entropy above 0xc000");
+        assert_eq!(read(bytes, 20), Some([0xff, 0xff]));
     }
 }

@@ -122,7 +122,7 @@ fn lab() -> Option<Lab> {
     let port = PacketPort::open("port", Some(&card.path())).unwrap();
     let (wire_counters, port_counters) = (wire.counters(), port.counters());
     let underlay = Underlay { address: CARD, prefix_length: 24, mac: Mac(wire.mac()), encapsulated: true };
-    let settings = Settings { underlay, public: None, seed: 1 };
+    let settings = Settings { underlay, public: None, flows_max: dataplane::flow::FLOWS_MAX, seed: 1 };
     let dataplane = Dataplane::start(settings, Some(Box::new(wire)), None).unwrap();
     dataplane.apply(Arc::new(snapshot()));
     dataplane.port_attach(PortId(1), Box::new(port));

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use card_proto::card::Hello;
+use dataplane::flow::FLOWS_MAX;
 use dataplane::io::PacketIo;
 use dataplane::io::cable::CablePort;
 use dataplane::io::packet::PacketPort;
@@ -155,7 +156,7 @@ fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
         _ => None,
     };
     let seed = u64::from_le_bytes(random()?);
-    Ok(Dataplane::start(dataplane::Settings { underlay, public, seed }, wire, outside)?)
+    Ok(Dataplane::start(dataplane::Settings { underlay, public, flows_max: FLOWS_MAX, seed }, wire, outside)?)
 }
 
 /// Opens an interface that carries Ethernet frames.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::{Hot, METADATA, Next, PUBLIC_MTU, Pipeline, ROUTER_MAC, Turn};
 use crate::action::{Egress, Origin};
-use crate::counters::DropReason;
+use crate::counters::{DropReason, Frames};
 use crate::flow::{Direction, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ethernet, Ipv4, Transport, UDP};
+use crate::hop::NextHop;
 use crate::icmp::Error;
 use crate::packet::Packet;
 use crate::{anti_spoof, arp, datagram, dhcp, icmp, nat, policy, resolver, vxlan};
@@ -22,11 +23,22 @@ pub(super) enum Subject {
     Related(Key, Transport),
 }
 
+/// What the packets of a port that are decided like this share.
+fn hop_of(hot: &Hot, egress: Egress) -> NextHop {
+    let source = match egress {
+        Egress::Local { routed: false, .. } | Egress::Remote { routed: false, .. } => hot.mac,
+        Egress::Local { routed: true, .. } | Egress::Remote { routed: true, .. } | Egress::Public { .. } | Egress::Gateway { .. } => {
+            ROUTER_MAC
+        }
+    };
+    NextHop { source, egress }
+}
+
 impl Pipeline {
     pub(super) fn guest_in(&mut self, turn: &mut Turn<'_>, slot: Slot, packet: &mut Packet) -> Result<Next, DropReason> {
         let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
         let hot = state.hot;
-        state.tally.received(packet.len());
+        state.tally.received(Frames::one(packet.len()));
         let (ethernet, payload) = headers::ethernet(packet.as_slice())?;
         if ethernet.source != hot.mac {
             return Err(DropReason::SpoofedMac);
@@ -58,19 +70,19 @@ impl Pipeline {
                     None => self.open_egress(turn, slot, &hot, key, &ip, &transport)?,
                 };
                 if let Some(id) = id {
-                    self.flows.observe(id, turn.now, Direction::Egress, &transport);
+                    self.flows.observe(id, turn.now, Direction::Egress, &transport, ip.total_len);
                 }
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Egress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
                 }
-                (egress, hash)
+                (egress, key.entropy())
             }
             Subject::Fragment(key) => {
                 let hash = self.flows.hash(&key);
                 let id = self.flows.find(hash, &key).ok_or(DropReason::FragmentUnknown)?;
-                (self.egress_of(slot, &hot, id, &ip, None)?, hash)
+                (self.egress_of(slot, &hot, id, &ip, None)?, key.entropy())
             }
-            Subject::Related(key, transport) => (self.outward(slot, &ip, &transport)?, self.flows.hash(&key)),
+            Subject::Related(key, transport) => (self.outward(slot, &ip, &transport)?, key.entropy()),
         };
         self.forward(turn, slot, &ip, egress, entropy, packet)
     }
@@ -112,18 +124,14 @@ impl Pipeline {
     /// The decision of a flow, made again when the port has changed since; not for
     /// a later fragment, which has no ports to be judged by.
     fn egress_of(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4, transport: Option<&Transport>) -> Result<Egress, DropReason> {
-        match self.flows.get(id) {
-            Some(flow) if flow.egress.0 == hot.generation => Ok(flow.egress.1),
-            _ => {
-                let transport = transport.ok_or(DropReason::FragmentUnknown)?;
-                self.review(slot, id, Direction::Egress, ip, transport)?;
-                let egress = self.outward(slot, ip, transport)?;
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.egress = (hot.generation, egress);
-                }
-                Ok(egress)
-            }
+        if let Some(egress) = self.flows.egress(id, hot.generation) {
+            return Ok(egress);
         }
+        let transport = transport.ok_or(DropReason::FragmentUnknown)?;
+        self.review(slot, id, Direction::Egress, ip, transport)?;
+        let egress = self.outward(slot, ip, transport)?;
+        self.flows.decide_egress(id, hot.generation, hop_of(hot, egress));
+        Ok(egress)
     }
 
     fn outward(&self, slot: Slot, ip: &Ipv4, transport: &Transport) -> Result<Egress, DropReason> {
@@ -140,10 +148,13 @@ impl Pipeline {
         ip: &Ipv4,
         transport: &Transport,
     ) -> Result<(Option<FlowId>, Egress), DropReason> {
-        let mut flow = self.open(slot, key, Direction::Egress, ip, transport)?;
+        let flow = self.open(slot, key, Direction::Egress, ip, transport)?;
         let egress = self.outward(slot, ip, transport)?;
-        flow.egress = (hot.generation, egress);
-        Ok((self.remember(turn, flow)?, egress))
+        let id = self.remember(turn, flow)?;
+        if let Some(id) = id {
+            self.flows.decide_egress(id, hot.generation, hop_of(hot, egress));
+        }
+        Ok((id, egress))
     }
 
     /// Rewrites a packet as decided, and says which way it goes.
@@ -153,25 +164,25 @@ impl Pipeline {
         slot: Slot,
         ip: &Ipv4,
         egress: Egress,
-        entropy: u64,
+        entropy: u16,
         packet: &mut Packet,
     ) -> Result<Next, DropReason> {
         let hot = &{ self.port(slot).ok_or(DropReason::UnknownPort)?.hot };
-        let source_mac = |routed| if routed { ROUTER_MAC } else { hot.mac };
+        let source = hop_of(hot, egress).source;
         match egress {
             Egress::Local { to, routed } => {
                 if routed {
                     self.hop(turn, slot, hot, ip, packet)?;
                 }
                 // The receiving side puts the destination MAC.
-                headers::set_macs(packet.as_mut_slice(), hot.mac, source_mac(routed));
+                headers::set_macs(packet.as_mut_slice(), hot.mac, source);
                 Ok(Next::Ingress(to, Origin::Local))
             }
             Egress::Remote { vtep, mac, vni, routed } => {
                 if routed {
                     self.hop(turn, slot, hot, ip, packet)?;
                 }
-                headers::set_macs(packet.as_mut_slice(), mac, source_mac(routed));
+                headers::set_macs(packet.as_mut_slice(), mac, source);
                 if !vxlan::push_header(packet, vni) {
                     return Err(DropReason::TooLong);
                 }

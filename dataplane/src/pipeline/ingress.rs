@@ -35,7 +35,7 @@ impl Pipeline {
                     None => self.open_ingress(turn, slot, &hot, key, (&ip, &transport), (origin, sender))?,
                 };
                 if let Some(id) = id {
-                    self.flows.observe(id, turn.now, Direction::Ingress, &transport);
+                    self.flows.observe(id, turn.now, Direction::Ingress, &transport, ip.total_len);
                 }
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Ingress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
@@ -85,8 +85,8 @@ impl Pipeline {
         (ip, transport): (&Ipv4, Option<&Transport>),
         (origin, sender): (Origin, Mac),
     ) -> Result<Mac, DropReason> {
-        match self.flows.get(id) {
-            Some(flow) if flow.ingress == (hot.generation, origin) => Ok(flow.source_mac),
+        match self.flows.get(id).and_then(|flow| flow.ingress(hot.generation)) {
+            Some((known, source_mac)) if known == origin => Ok(source_mac),
             _ => {
                 let Some(transport) = transport else {
                     return Err(self.source_mac(slot, ip, origin, sender).err().unwrap_or(DropReason::FragmentUnknown));
@@ -94,8 +94,7 @@ impl Pipeline {
                 let source_mac = self.inward(slot, (ip, transport), (origin, sender))?;
                 self.review(slot, id, Direction::Ingress, ip, transport)?;
                 if let Some(flow) = self.flows.get_mut(id) {
-                    flow.ingress = (hot.generation, origin);
-                    flow.source_mac = source_mac;
+                    flow.decide_ingress(hot.generation, origin, source_mac);
                 }
                 Ok(source_mac)
             }
@@ -113,8 +112,7 @@ impl Pipeline {
     ) -> Result<(Option<FlowId>, Mac), DropReason> {
         let source_mac = self.inward(slot, (ip, transport), (origin, sender))?;
         let mut flow = self.open(slot, key, Direction::Ingress, ip, transport)?;
-        flow.ingress = (hot.generation, origin);
-        flow.source_mac = source_mac;
+        flow.decide_ingress(hot.generation, origin, source_mac);
         Ok((self.remember(turn, flow)?, source_mac))
     }
 

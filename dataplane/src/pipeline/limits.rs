@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Pipeline, Turn};
 use crate::AllowanceId;
+use crate::counters::Frames;
 use crate::flow::{Direction, Slot};
 use crate::limits::Allowance;
 use crate::packet::Packet;
@@ -53,7 +54,7 @@ impl Pipeline {
         let refused = packets.extract_if(.., |packet| match shared.allowance.take(now, Direction::Egress, packet.len()) {
             Ok(()) => false,
             Err(reason) => {
-                state.tally.received(packet.len());
+                state.tally.received(Frames::one(packet.len()));
                 state.tally.dropped(reason, 1);
                 board.card.dropped(reason, 1);
                 true

@@ -187,7 +187,7 @@ impl Pipeline {
             }
             Egress::Remote { vtep, mac, vni, .. } => {
                 headers::set_macs(packet.as_mut_slice(), mac, ROUTER_MAC);
-                let entropy = u64::from(u32::from(destination)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                let entropy = entropy(destination);
                 if vxlan::push_header(packet, vni) { Ok(Next::Underlay { vtep, entropy }) } else { Err(DropReason::TooLong) }
             }
             Egress::Public { .. } | Egress::Gateway { .. } => Err(DropReason::NoMapping),
@@ -333,6 +333,13 @@ impl Gateway {
             Reply::Reset => reset(packet, bytes, ip),
         }
     }
+}
+
+/// A UDP source port by the receiver alone, so that fragments, and answers of the
+/// gateway itself, stay in order behind what went before them.
+fn entropy(destination: Ipv4Addr) -> u16 {
+    let mixed = u64::from(u32::from(destination)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    0xc000 | u16::try_from(mixed >> 50).unwrap_or(0)
 }
 
 /// The connection of a packet; of ICMP only queries of one type are part of any.

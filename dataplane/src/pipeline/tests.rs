@@ -2,6 +2,7 @@
 
 mod acl;
 mod addresses;
+mod differential;
 mod flows;
 mod garbage;
 mod lab;

@@ -2,7 +2,7 @@
 
 use super::{Next, Pipeline, Turn};
 use crate::action::Origin;
-use crate::counters::DropReason;
+use crate::counters::{DropReason, Frames};
 use crate::headers::{self, ETHERNET};
 use crate::packet::Packet;
 use crate::policy::Local;
@@ -10,7 +10,7 @@ use crate::{arp, vxlan};
 
 impl Pipeline {
     pub(super) fn underlay_in(&mut self, turn: &mut Turn<'_>, packet: &mut Packet) -> Result<Next, DropReason> {
-        self.board.underlay.received(packet.len());
+        self.board.underlay.received(Frames::one(packet.len()));
         let underlay = self.settings.underlay;
         let vtep = if underlay.encapsulated {
             let (ethernet, payload) = headers::ethernet(packet.as_slice())?;
@@ -57,7 +57,7 @@ impl Pipeline {
     }
 
     pub(super) fn public_in(&mut self, turn: &mut Turn<'_>, packet: &mut Packet) -> Result<Next, DropReason> {
-        self.board.public.received(packet.len());
+        self.board.public.received(Frames::one(packet.len()));
         let side = self.settings.public.ok_or(DropReason::NoPublicSide)?;
         let (ethernet, payload) = headers::ethernet(packet.as_slice())?;
         match ethernet.ethertype {

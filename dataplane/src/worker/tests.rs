@@ -13,7 +13,7 @@ const WAIT: Duration = Duration::from_secs(5);
 fn settings(card: u8) -> Settings {
     let address = Ipv4Addr::new(10, 255, 0, card);
     let underlay = Underlay { address, prefix_length: 24, mac: Mac([2, 0, 0, 0, 0, card]), encapsulated: true };
-    Settings { underlay, public: None, seed: 1 }
+    Settings { underlay, public: None, flows_max: crate::flow::FLOWS_MAX, seed: 1 }
 }
 
 fn port(n: u8) -> PortConfig {

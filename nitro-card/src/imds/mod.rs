@@ -209,7 +209,8 @@ mod tests {
 
     fn data_plane() -> (Arc<Dataplane>, MemPort) {
         let underlay = Underlay { address: Ipv4Addr::new(10, 255, 0, 1), prefix_length: 24, mac: Mac([4; 6]), encapsulated: true };
-        let dataplane = Arc::new(Dataplane::start(Settings { underlay, public: None, seed: 1 }, None, None).unwrap());
+        let settings = Settings { underlay, public: None, flows_max: dataplane::flow::FLOWS_MAX, seed: 1 };
+        let dataplane = Arc::new(Dataplane::start(settings, None, None).unwrap());
         // Not even a rule of the guest's own groups stands between it and its metadata.
         let port = PortConfig { mtu: 1500, ..PortConfig::new(PortId(1), Vni(7), GUEST_MAC, GUEST, Prefix::new(GUEST, 24)) };
         dataplane.apply(Arc::new(Snapshot { ports: vec![port], ..Snapshot::default() }));

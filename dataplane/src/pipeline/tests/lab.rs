@@ -58,6 +58,7 @@ pub fn settings(card: u8) -> Settings {
     Settings {
         underlay: Underlay { address: vtep(card), prefix_length: 24, mac: underlay_mac(card), encapsulated: true },
         public: Some(PublicSide { mac: public_mac(card), gateway: GATEWAY, prefix_length: 24 }),
+        flows_max: flow::FLOWS_MAX,
         seed: 7,
     }
 }
@@ -397,7 +398,7 @@ pub fn encapsulated(from: Ipv4Addr, to_card: u8, vni: u32, inner: &[u8]) -> Vec<
     let mut packet = Packet::new();
     assert!(packet.copy_from(inner) && vxlan::push_header(&mut packet, Vni(vni)));
     let sender = Underlay { address: from, prefix_length: 24, mac: Mac([2, 0, 0, 0, 1, 1]), encapsulated: true };
-    assert!(vxlan::push_outer(&mut packet, &sender, vtep(to_card), 0));
+    assert!(vxlan::push_outer(&mut packet, &sender, vtep(to_card), 0xc000));
     headers::write(packet.as_mut_slice(), 0, underlay_mac(to_card).0);
     packet.as_slice().to_vec()
 }
