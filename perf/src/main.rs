@@ -8,10 +8,12 @@
 //! | `idle` | CPU and memory of a region of three cards without a guest |
 //! | `up` | seconds from `cargo rack up` on built binaries to ready |
 //! | `launch` | seconds from `RunInstances` to machine, and to the ssh banner |
+//! | `packets` | packets a second and cycles a packet of the packet path |
 //! | `describe` | CPU of `DescribeInstances` by id, beside moto when it is there |
 
 mod api;
 mod figure;
+mod packets;
 mod process;
 mod rack;
 
@@ -38,6 +40,8 @@ enum Command {
     Up,
     /// Seconds from `RunInstances` to the ssh banner of `mini`.
     Launch,
+    /// Packets a second and cycles a packet of the packet path, on a capture.
+    Packets(packets::Arguments),
     /// CPU per `DescribeInstances` by id.
     Describe {
         /// Instances that the account has, at most 90: the region has 192 cores.
@@ -58,6 +62,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Idle => rack::idle(arguments.runs)?,
         Command::Up => rack::up(arguments.runs)?,
         Command::Launch => rack::launch(arguments.runs)?,
+        Command::Packets(packets) => {
+            packets::run(&packets, arguments.runs)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Describe { instances, requests, moto } => api::describe(arguments.runs, instances, requests, moto.as_deref())?,
     };
     println!("{}", serde_json::to_string_pretty(&report)?);
