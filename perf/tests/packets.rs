@@ -3,6 +3,8 @@
 //! The captures are written here, byte by byte, so that the command is read
 //! against the standards and not against its own writer.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
 use std::path::Path;
 use std::process::Command;
 

@@ -103,7 +103,6 @@ pub fn arp_question(from: (Mac, Ipv4Addr), to: &Underlay) -> Packet {
 
 /// A UDP datagram with `payload` zero bytes, whole with Ethernet; the checksum is
 /// left out, as RFC 768 lets senders do.
-#[cfg(test)]
 pub fn udp(source: (Mac, Ipv4Addr, u16), destination: (Mac, Ipv4Addr, u16), payload: usize) -> Vec<u8> {
     let mut frame = vec![0; ETHERNET + IPV4 + UDP + payload];
     headers::write_ethernet(&mut frame, destination.0, source.0, headers::TYPE_IPV4);

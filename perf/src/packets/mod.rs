@@ -15,7 +15,9 @@ mod allocations;
 mod bench;
 mod case;
 mod clock;
+mod established;
 mod frame;
+mod generate;
 mod pcap;
 mod report;
 mod source;
@@ -24,13 +26,15 @@ mod world;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::ValueEnum;
 use serde_json::{Map, Value, json};
 
 use self::bench::Bench;
-use self::case::Case;
+use self::case::{Case, Policy};
 use self::clock::Clock;
-use self::source::Replay;
+use self::generate::{Shape, Size};
+use self::pcap::Trace;
+use self::source::{Replay, Source};
+use self::world::Load;
 
 /// Arguments of `perf packets`.
 #[derive(Debug, clap::Args)]
@@ -42,7 +46,7 @@ pub struct Arguments {
     #[arg(long)]
     pcap: Option<PathBuf>,
     /// What the packets meet.
-    #[arg(long, value_enum)]
+    #[arg(long)]
     case: Option<Case>,
     /// How long to measure.
     #[arg(long, default_value_t = 3.0)]
@@ -50,60 +54,112 @@ pub struct Arguments {
     /// Where the JSON goes; `-` is standard output.
     #[arg(long, default_value = "-")]
     json: PathBuf,
+    /// Frames of cases without a capture: bytes of the guest's frame with check sequence.
+    #[arg(long, value_enum, default_value = "64")]
+    size: Size,
+    /// Connections of an established case, up to 16 M; rounded up to a power of two.
+    #[arg(long)]
+    flows: Option<u32>,
+    /// Writes one pass of an established case as a capture, and measures nothing.
+    #[arg(long)]
+    pcap_out: Option<PathBuf>,
 }
 
 /// Runs the command: `runs` times five windows.
 pub fn run(arguments: &Arguments, runs: usize) -> anyhow::Result<()> {
     if arguments.list {
-        list();
+        print!("{}", case::list());
         return Ok(());
     }
     anyhow::ensure!(arguments.seconds > 0.0 && arguments.seconds.is_finite(), "--seconds is above zero");
     let case = arguments.case.context("--case is missing; --list names the cases")?;
-    let path = arguments.pcap.as_deref().with_context(|| format!("{case} replays a capture: --pcap FILE"))?;
     let clock = Clock::new();
-    let mut fields = replay(&clock, case, path, arguments.seconds, 5 * runs.max(1))?;
+    let windows = 5 * runs.max(1);
+    let mut fields = Map::new();
+    fields.insert("figure".to_owned(), "packets".into());
+    fields.insert("case".to_owned(), case.to_string().into());
+    match case {
+        Case::Capture(policy) => {
+            let path = arguments.pcap.as_deref().with_context(|| format!("{case} replays a capture: --pcap FILE"))?;
+            let load = load(policy, path)?;
+            fields.append(&mut replay(&clock, &load, arguments.seconds, windows));
+            fields.insert("trace".to_owned(), trace_facts(path, &load));
+        }
+        Case::Generated(load) => {
+            anyhow::ensure!(arguments.pcap.is_none(), "{case} makes its own packets, and takes no --pcap");
+            let shape = Shape::new(arguments.flows.unwrap_or_else(|| established::connections(load)), arguments.size);
+            if let Some(path) = &arguments.pcap_out {
+                return write_pass(&shape, path);
+            }
+            tell(&shape.world().notes);
+            fields.append(&mut established::run(&clock, load, shape, arguments.seconds, windows));
+            fields.insert("traffic".to_owned(), traffic_facts(&shape));
+        }
+    }
     fields.insert("commit".to_owned(), crate::figure::git_commit().into());
     fields.insert("machine".to_owned(), report::machine(&clock));
     fields.insert("date".to_owned(), crate::figure::date().into());
     print(&arguments.json, &Value::Object(fields))
 }
 
-fn replay(clock: &Clock, case: Case, path: &Path, seconds: f64, windows: usize) -> anyhow::Result<Map<String, Value>> {
+/// Reads a capture and derives its world.
+fn load(case: Policy, path: &Path) -> anyhow::Result<Load> {
     let file = std::fs::read(path).with_context(|| path.display().to_string())?;
     let trace = pcap::read(&file).with_context(|| path.display().to_string())?;
     drop(file);
     let load = world::derive(case, &trace).with_context(|| path.display().to_string())?;
-    for note in &load.world.notes {
-        eprintln!("perf packets: {note}");
-    }
+    tell(&load.world.notes);
     if trace.cut > 0 {
         eprintln!("perf packets: the capture holds only the beginning of {} frames", trace.cut);
     }
-    let mut source = Replay::new(&load.trace, &load.devices);
-    let mut bench = Bench::new(&load.world);
-    let run = bench.run(clock, &mut source, windows, seconds / windows as f64);
-    let mut fields = Map::new();
-    fields.insert("figure".to_owned(), "packets".into());
-    fields.insert("case".to_owned(), case.to_string().into());
-    fields.append(&mut report::run(clock, &run));
-    fields.insert(
-        "trace".to_owned(),
-        json!({
-            "file": path.display().to_string(),
-            "frames": load.trace.len(),
-            "mean_frame_bytes": report::round(load.trace.bytes() as f64 / load.trace.len().max(1) as f64),
-            "derived": load.world.notes,
-        }),
-    );
-    Ok(fields)
+    Ok(load)
 }
 
-fn list() {
-    for case in Case::ALL {
-        let help = case.to_possible_value().and_then(|value| value.get_help().map(ToString::to_string));
-        println!("{:<16} {}", case.to_string(), help.unwrap_or_default());
+fn tell(notes: &[String]) {
+    for note in notes {
+        eprintln!("perf packets: {note}");
     }
+}
+
+fn replay(clock: &Clock, load: &Load, seconds: f64, windows: usize) -> Map<String, Value> {
+    let mut source = Replay::new(&load.trace, &load.devices);
+    let run = Bench::new(&load.world).run(clock, &mut source, windows, seconds / windows as f64);
+    report::run(clock, &run)
+}
+
+fn trace_facts(path: &Path, load: &Load) -> Value {
+    let mean = load.trace.bytes() as f64 / load.trace.len().max(1) as f64;
+    json!({
+        "file": path.display().to_string(),
+        "frames": load.trace.len(),
+        "mean_frame_bytes": report::round(mean),
+        "derived": load.world.notes,
+    })
+}
+
+fn traffic_facts(shape: &Shape) -> Value {
+    json!({
+        "connections": shape.connections,
+        "guests": shape.guests,
+        "rules": shape.rules,
+        "size": shape.size.name(),
+        "mean_inner_frame_bytes": report::round(shape.size.mean()),
+        "mean_outer_frame_bytes": report::round(shape.size.mean() + frame::ENCAPSULATION as f64),
+    })
+}
+
+/// Writes one pass of a shape's packets, those of guests without VXLAN.
+fn write_pass(shape: &Shape, path: &Path) -> anyhow::Result<()> {
+    let (mut source, mut pool, mut burst) = (shape.source(), dataplane::packet::Pool::new(2 * source::BURST), Vec::new());
+    let mut trace = Trace::default();
+    while (trace.len() as u64) < source.pass() {
+        source.next(&mut pool, &mut burst);
+        burst.iter().for_each(|packet| trace.push(packet.as_slice()));
+        pool.put_all(&mut burst);
+    }
+    pcap::write(path, trace.iter()).with_context(|| path.display().to_string())?;
+    eprintln!("perf packets: {} frames in {}", trace.len(), path.display());
+    Ok(())
 }
 
 fn print(to: &Path, value: &Value) -> anyhow::Result<()> {

@@ -11,9 +11,7 @@
 //! a trace is replayed as fast as it is taken. Knows bytes and files, and nothing
 //! of what is in a frame.
 
-#[cfg(test)]
 use std::io::{self, Write};
-#[cfg(test)]
 use std::path::Path;
 
 use dataplane::headers;
@@ -75,6 +73,15 @@ impl Trace {
         self.ends.get(index).and_then(|end| self.bytes.get(start..*end)).unwrap_or_default()
     }
 
+    /// The first `N` bytes of a frame that is not longer, with whatever follows it
+    /// in memory, and its length.
+    #[inline]
+    pub fn head<const N: usize>(&self, index: usize) -> Option<(&[u8; N], usize)> {
+        let start = index.checked_sub(1).and_then(|before| self.ends.get(before)).copied().unwrap_or(0);
+        let length = self.ends.get(index)? - start;
+        self.bytes.get(start..)?.first_chunk().filter(|_| length <= N).map(|head| (head, length))
+    }
+
     /// All frames in order.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
         (0..self.len()).map(|index| self.get(index))
@@ -100,7 +107,6 @@ pub fn read(file: &[u8]) -> Result<Trace, PcapError> {
 ///
 /// # Errors
 /// Those of the file system.
-#[cfg(test)]
 pub fn write<'a>(path: &Path, frames: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
     let mut file = io::BufWriter::new(std::fs::File::create(path)?);
     file.write_all(&MICROSECONDS.to_le_bytes())?;

@@ -64,6 +64,39 @@ pub fn median(windows: &[Window]) -> f64 {
     cycles.get(cycles.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// What the issue asks of a figure, and whether it was met.
+#[derive(Debug)]
+pub struct Bar {
+    what: String,
+    asked: Value,
+    measured: Value,
+    met: bool,
+}
+
+impl Bar {
+    /// A figure that is to be at least `asked`.
+    pub fn at_least(what: &str, asked: f64, measured: f64) -> Self {
+        Self { what: format!("{what}, at least"), asked: round(asked), measured: round(measured), met: measured >= asked }
+    }
+
+    /// A figure that is to be at most `asked`.
+    pub fn at_most(what: &str, asked: f64, measured: f64) -> Self {
+        Self { what: format!("{what}, at most"), asked: round(asked), measured: round(measured), met: measured <= asked }
+    }
+
+    /// Something that is to be so.
+    pub fn is(what: &str, met: bool) -> Self {
+        Self { what: what.to_owned(), asked: true.into(), measured: met.into(), met }
+    }
+}
+
+/// Adds bars to a report, and whether all were met.
+pub fn bars(fields: &mut Map<String, Value>, bars: &[Bar]) {
+    let list = bars.iter().map(|bar| json!({ "what": bar.what, "asked": bar.asked, "measured": bar.measured, "met": bar.met }));
+    fields.insert("bars".to_owned(), list.collect());
+    fields.insert("bars_met".to_owned(), bars.iter().all(|bar| bar.met).into());
+}
+
 /// A figure with three decimals.
 pub fn round(value: f64) -> Value {
     json!((value * 1000.0).round() / 1000.0)

@@ -24,7 +24,7 @@ use dataplane::{
     Dhcp, Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Settings, Snapshot, Underlay, Vni, headers,
 };
 
-use super::case::Case;
+use super::case::Policy;
 use super::frame::{self, Frame, Inner};
 use super::pcap::Trace;
 
@@ -106,7 +106,7 @@ impl Eq for Inner {}
 ///
 /// # Errors
 /// [`WorldError`].
-pub fn derive(case: Case, trace: &Trace) -> Result<Load, WorldError> {
+pub fn derive(case: Policy, trace: &Trace) -> Result<Load, WorldError> {
     if let Some((index, frame)) = trace.iter().enumerate().find(|(_, frame)| frame.len() > FRAME_MAX - frame::ENCAPSULATION) {
         return Err(WorldError::TooLong { index, bytes: frame.len() });
     }
@@ -135,7 +135,7 @@ struct Survey {
 }
 
 impl Survey {
-    fn new(case: Case, frames: &[Frame]) -> Self {
+    fn new(case: Policy, frames: &[Frame]) -> Self {
         let outers = || frames.iter().filter_map(|frame| frame.outer.as_ref());
         let vnis = commonest(outers().filter_map(|outer| outer.vni));
         let vni = if outers().any(|outer| outer.vni == Some(VNI)) { VNI } else { vnis.unwrap_or(VNI) };
@@ -170,8 +170,8 @@ impl Survey {
 
     /// Finds who the frames of VXLAN come from and go to, before the plain ones
     /// are looked at.
-    fn places_of_wire(&mut self, case: Case, frames: &[Frame]) {
-        if case == Case::DecapConntrack {
+    fn places_of_wire(&mut self, case: Policy, frames: &[Frame]) {
+        if case == Policy::DecapConntrack {
             self.places.insert(GUEST, Place::Guest);
         }
         for frame in frames {
@@ -185,7 +185,7 @@ impl Survey {
             }
             if let Some(inner) = frame.inner.filter(|_| outer.vni == Some(self.vni) && !self.strip) {
                 self.places.entry(inner.source.1).or_insert(Place::Remote { vtep: Some(vtep) });
-                if case != Case::DecapConntrack {
+                if case != Policy::DecapConntrack {
                     self.places.entry(inner.destination.1).or_insert(Place::Guest);
                 }
                 self.learn_macs(&inner);
@@ -202,7 +202,7 @@ impl Survey {
     }
 
     /// Decides where a frame is fed in, and notes who its ends are.
-    fn place(&mut self, case: Case, frame: &Frame) -> Feed {
+    fn place(&mut self, case: Policy, frame: &Frame) -> Feed {
         let Some(inner) = frame.inner else { return Feed::Wire };
         if let Some(outer) = frame.outer
             && !(self.strip && outer.vni == Some(self.vni))
@@ -213,26 +213,26 @@ impl Survey {
         self.learn_macs(&inner);
         // The sender's MAC is what its port checks, so it outweighs what others wrote.
         match (case, self.wrap) {
-            (Case::Forward, _) => {
+            (Policy::Forward, _) => {
                 self.places.insert(source, Place::Guest);
                 self.places.insert(destination, Place::Guest);
                 Feed::Guest(inner)
             }
-            (Case::Decap | Case::DecapConntrack, true) => {
+            (Policy::Decap | Policy::DecapConntrack, true) => {
                 if self.places.get(&source) == Some(&Place::Guest) {
                     return Feed::Guest(inner);
                 }
                 self.places.entry(source).or_insert(Place::Remote { vtep: None });
-                if case == Case::Decap {
+                if case == Policy::Decap {
                     self.places.entry(destination).or_insert(Place::Guest);
                 }
                 Feed::Wrapped(inner)
             }
-            (Case::Decap | Case::DecapConntrack, false) => match self.places.get(&source) {
+            (Policy::Decap | Policy::DecapConntrack, false) => match self.places.get(&source) {
                 Some(Place::Guest) => Feed::Guest(inner),
                 _ => Feed::Wire,
             },
-            (Case::Encap | Case::ConntrackEncap, _) => {
+            (Policy::Encap | Policy::ConntrackEncap, _) => {
                 let from = match (self.places.get(&source), self.places.get(&destination)) {
                     (Some(place), _) => *place,
                     (None, Some(Place::Guest)) => Place::Remote { vtep: None },
@@ -245,7 +245,7 @@ impl Survey {
         }
     }
 
-    fn load(mut self, case: Case, trace: &Trace, frames: &[Frame], feeds: &[Feed]) -> Result<Load, WorldError> {
+    fn load(mut self, case: Policy, trace: &Trace, frames: &[Frame], feeds: &[Feed]) -> Result<Load, WorldError> {
         let ports = self.ports(case, feeds)?;
         let mut by_sender: HashMap<(Mac, Ipv4Addr), PortId> = HashMap::new();
         for port in &ports {
@@ -300,7 +300,7 @@ impl Survey {
     /// One port for each MAC that sends, and one for each other guest. A MAC that
     /// sends from several addresses is a guest that routes, unless somebody sends
     /// to more than one of them: then each is a port of its own.
-    fn ports(&self, case: Case, feeds: &[Feed]) -> Result<Vec<Guest>, WorldError> {
+    fn ports(&self, case: Policy, feeds: &[Feed]) -> Result<Vec<Guest>, WorldError> {
         let receives: HashSet<Ipv4Addr> = feeds
             .iter()
             .filter_map(|feed| match feed {
@@ -369,7 +369,7 @@ impl Survey {
         mappings
     }
 
-    fn describe(&mut self, case: Case, ports: &[Guest], mappings: &[Mapping], feeds: &[Feed]) {
+    fn describe(&mut self, case: Policy, ports: &[Guest], mappings: &[Mapping], feeds: &[Feed]) {
         let Underlay { address, mac, .. } = self.underlay;
         self.notes.push(format!("this card is VTEP {address}, {mac}; VNI {}; {} other cards", self.vni.0, self.neighbours.len()));
         let first = ports.first().map(|port| format!(", the first {} {}", port.addresses.first().unwrap_or(&GUEST), port.mac));
@@ -398,7 +398,7 @@ struct Guest {
 }
 
 impl Guest {
-    fn config(&self, case: Case, vni: Vni, subnet_length: u8, vpc_prefixes: &[Prefix]) -> PortConfig {
+    fn config(&self, case: Policy, vni: Vni, subnet_length: u8, vpc_prefixes: &[Prefix]) -> PortConfig {
         let address = self.addresses.first().copied().unwrap_or(GUEST);
         let (ingress, egress) = rules(case);
         PortConfig {
@@ -421,28 +421,28 @@ impl Guest {
 }
 
 /// Ingress and egress rules of the guests of a case.
-pub fn rules(case: Case) -> (Vec<Rule>, Vec<Rule>) {
+pub fn rules(case: Policy) -> (Vec<Rule>, Vec<Rule>) {
     let anywhere = Remote::Prefix(Prefix::new(Ipv4Addr::UNSPECIFIED, 0));
     let rule = |protocol, ports, remote| Rule { protocol, ports, icmp: (None, None), remote };
     let all = vec![rule(Protocol::Any, None, anywhere)];
     match case {
-        Case::Forward | Case::Encap | Case::Decap => (all.clone(), all),
-        Case::DecapConntrack => {
+        Policy::Forward | Policy::Encap | Policy::Decap => (all.clone(), all),
+        Policy::DecapConntrack => {
             let vpc = Remote::Prefix(Prefix::new(Ipv4Addr::new(10, 0, 0, 0), 16));
             (vec![rule(Protocol::Number(headers::UDP_PROTOCOL), Some((8080, 8080)), vpc)], all)
         }
-        Case::ConntrackEncap => {
+        Policy::ConntrackEncap => {
             let protocols = [headers::TCP, headers::UDP_PROTOCOL, headers::ICMP];
             (Vec::new(), protocols.map(|protocol| rule(Protocol::Number(protocol), None, anywhere)).to_vec())
         }
     }
 }
 
-fn rules_text(case: Case) -> &'static str {
+fn rules_text(case: Policy) -> &'static str {
     match case {
-        Case::Forward | Case::Encap | Case::Decap => "everything in, everything out",
-        Case::DecapConntrack => "udp/8080 from 10.0.0.0/16 in, everything out",
-        Case::ConntrackEncap => "nothing in, all TCP, UDP and ICMP out",
+        Policy::Forward | Policy::Encap | Policy::Decap => "everything in, everything out",
+        Policy::DecapConntrack => "udp/8080 from 10.0.0.0/16 in, everything out",
+        Policy::ConntrackEncap => "nothing in, all TCP, UDP and ICMP out",
     }
 }
 
@@ -460,8 +460,8 @@ fn card_mac(vtep: Ipv4Addr) -> Mac {
 
 /// The longest subnet in which no address that a guest sends to is the router's or
 /// the broadcast address; 10.0.1.0/24 where scripts name the guest.
-fn subnet_length(case: Case, addresses: &BTreeSet<Ipv4Addr>, feeds: &[Feed]) -> u8 {
-    if case == Case::DecapConntrack {
+fn subnet_length(case: Policy, addresses: &BTreeSet<Ipv4Addr>, feeds: &[Feed]) -> u8 {
+    if case == Policy::DecapConntrack {
         return 24;
     }
     let named: BTreeSet<Ipv4Addr> = feeds

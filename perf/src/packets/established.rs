@@ -1,0 +1,64 @@
+//! Cases about connections that exist: how fast their packets pass, and what
+//! memory they hold.
+
+use serde_json::{Map, Value, json};
+
+use super::bench::{Bench, Run};
+use super::case;
+use super::clock::Clock;
+use super::generate::{Shape, Size};
+use super::report::{self, Bar};
+
+/// What each established case promises, in packets a second.
+fn bar(load: case::Load) -> Option<f64> {
+    match load {
+        case::Load::Established16k => Some(20.0),
+        case::Load::Established1m => Some(12.0),
+        _ => None,
+    }
+}
+
+/// Connections of a case where nothing else is asked for.
+pub fn connections(load: case::Load) -> u32 {
+    if load == case::Load::Established1m { 1 << 20 } else { 1 << 14 }
+}
+
+/// Runs an established case. The bar counts at 64 bytes and the case's own number
+/// of connections.
+pub fn run(clock: &Clock, load: case::Load, shape: Shape, seconds: f64, windows: usize) -> Map<String, Value> {
+    let (run, memory) = measure(clock, &shape, seconds, windows);
+    let mut fields = report::run(clock, &run);
+    fields.insert("memory".to_owned(), memory_of(memory, run.connections));
+    fields.insert("tracked_all".to_owned(), (run.connections == u64::from(shape.connections)).into());
+    if let Some(mpps) = bar(load).filter(|_| shape.size == Size::Small && shape.connections == connections(load)) {
+        let measured = clock.hz() / report::median(&run.windows) / 1e6;
+        let whole = run.pass.lost() == 0 && run.connections == u64::from(shape.connections);
+        report::bars(&mut fields, &[Bar::at_least("Mpps", mpps, measured), Bar::is("every connection tracked, nothing dropped", whole)]);
+    }
+    fields
+}
+
+/// Measures a shape: the run, and the bytes by which the process grew while the
+/// connections were opened.
+pub fn measure(clock: &Clock, shape: &Shape, seconds: f64, windows: usize) -> (Run, f64) {
+    let mut source = shape.source();
+    let before = resident_bytes();
+    let mut bench = Bench::new(&shape.world());
+    let run = bench.run(clock, &mut source, windows, seconds / windows as f64);
+    (run, resident_bytes() - before)
+}
+
+fn memory_of(grown: f64, connections: u64) -> Value {
+    json!({
+        "grown_mib": report::round(grown / 1_048_576.0),
+        "bytes_per_connection": report::round(grown / connections.max(1) as f64),
+        "means": "growth of the process from before the pipeline was made; buffers and configuration included",
+    })
+}
+
+/// Resident memory of this process.
+pub fn resident_bytes() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0) * 1024.0
+}
