@@ -19,6 +19,7 @@ mod established;
 mod frame;
 mod generate;
 mod pcap;
+mod peer_ovs;
 mod report;
 mod source;
 mod world;
@@ -54,6 +55,9 @@ pub struct Arguments {
     /// Where the JSON goes; `-` is standard output.
     #[arg(long, default_value = "-")]
     json: PathBuf,
+    /// Another data plane that gets the same packets.
+    #[arg(long, value_enum)]
+    peer: Option<Peer>,
     /// Frames of cases without a capture: bytes of the guest's frame with check sequence.
     #[arg(long, value_enum, default_value = "64")]
     size: Size,
@@ -63,6 +67,13 @@ pub struct Arguments {
     /// Writes one pass of an established case as a capture, and measures nothing.
     #[arg(long)]
     pcap_out: Option<PathBuf>,
+}
+
+/// A data plane to compare with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Peer {
+    /// Open vSwitch with DPDK, as Debian packages it.
+    OvsDpdk,
 }
 
 /// Runs the command: `runs` times five windows.
@@ -84,6 +95,10 @@ pub fn run(arguments: &Arguments, runs: usize) -> anyhow::Result<()> {
             let load = load(policy, path)?;
             fields.append(&mut replay(&clock, &load, arguments.seconds, windows));
             fields.insert("trace".to_owned(), trace_facts(path, &load));
+            if let Some(Peer::OvsDpdk) = arguments.peer {
+                let job = peer_ovs::Job { trace: &load.trace, world: &load.world, policy: Some(policy) };
+                peer_ovs::compare(&clock, &job, arguments.seconds, &mut fields)?;
+            }
         }
         Case::Generated(load) => {
             anyhow::ensure!(arguments.pcap.is_none(), "{case} makes its own packets, and takes no --pcap");
@@ -91,9 +106,14 @@ pub fn run(arguments: &Arguments, runs: usize) -> anyhow::Result<()> {
             if let Some(path) = &arguments.pcap_out {
                 return write_pass(&shape, path);
             }
-            tell(&shape.world().notes);
+            let world = shape.world();
+            tell(&world.notes);
             fields.append(&mut established::run(&clock, load, shape, arguments.seconds, windows));
             fields.insert("traffic".to_owned(), traffic_facts(&shape));
+            if let Some(Peer::OvsDpdk) = arguments.peer {
+                let job = peer_ovs::Job { trace: &one_pass(&shape), world: &world, policy: None };
+                peer_ovs::compare(&clock, &job, arguments.seconds, &mut fields)?;
+            }
         }
     }
     fields.insert("commit".to_owned(), crate::figure::git_commit().into());
@@ -150,6 +170,13 @@ fn traffic_facts(shape: &Shape) -> Value {
 
 /// Writes one pass of a shape's packets, those of guests without VXLAN.
 fn write_pass(shape: &Shape, path: &Path) -> anyhow::Result<()> {
+    let trace = one_pass(shape);
+    pcap::write(path, trace.iter()).with_context(|| path.display().to_string())?;
+    eprintln!("perf packets: {} frames in {}", trace.len(), path.display());
+    Ok(())
+}
+
+fn one_pass(shape: &Shape) -> Trace {
     let (mut source, mut pool, mut burst) = (shape.source(), dataplane::packet::Pool::new(2 * source::BURST), Vec::new());
     let mut trace = Trace::default();
     while (trace.len() as u64) < source.pass() {
@@ -157,9 +184,7 @@ fn write_pass(shape: &Shape, path: &Path) -> anyhow::Result<()> {
         burst.iter().for_each(|packet| trace.push(packet.as_slice()));
         pool.put_all(&mut burst);
     }
-    pcap::write(path, trace.iter()).with_context(|| path.display().to_string())?;
-    eprintln!("perf packets: {} frames in {}", trace.len(), path.display());
-    Ok(())
+    trace
 }
 
 fn print(to: &Path, value: &Value) -> anyhow::Result<()> {
