@@ -151,6 +151,42 @@ fn forward_and_decap_deliver_to_the_guest() {
     check(&measure("decap", &inner), 100, &[], 100);
 }
 
+#[track_caller]
+fn generated(case: &str, more: &[&str]) -> Value {
+    let output = perf(&[&["--case", case, "--seconds", "0.1"], more].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn established_connections_are_all_tracked_and_none_is_dropped() {
+    for size in ["64", "imix", "1518", "9000"] {
+        let report = generated("established-16k", &["--size", size, "--flows", "4096"]);
+        assert_eq!(report["tracked_all"], true, "{report:#}");
+        assert_eq!(report["connections"], 4096);
+        assert_eq!((&report["dropped_total"], &report["allocations"]), (&Value::from(0), &Value::from(0)));
+    }
+}
+
+#[test]
+fn every_packet_of_connections_opens_one_and_an_edit_drops_none() {
+    for (case, bar) in [("connections", "every packet opened a connection"), ("edit", "no packet of any port dropped by the pipeline")] {
+        let report = generated(case, &[]);
+        let bars = report["bars"].as_array().unwrap();
+        assert!(bars.iter().any(|entry| entry["what"] == bar && entry["met"] == true), "{report:#}");
+    }
+}
+
+#[test]
+fn a_written_pass_is_a_capture_that_is_replayed() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("pass.pcap");
+    let output = perf(&["--case", "established-16k", "--flows", "1024", "--pcap-out", file.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = perf(&["--pcap", file.to_str().unwrap(), "--case", "decap-conntrack", "--seconds", "0.1"]);
+    check(&serde_json::from_slice(&output.stdout).unwrap(), 2048, &[], 1024);
+}
+
 #[test]
 fn broken_files_are_refused_with_a_sentence() {
     let directory = tempfile::tempdir().unwrap();

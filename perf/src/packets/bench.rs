@@ -9,6 +9,7 @@
 //! pass is the same every time, and with the clock from then on.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dataplane::action::Output;
@@ -37,13 +38,15 @@ pub struct Bench {
     /// The packet path itself.
     pub pipeline: Pipeline,
     /// What it was configured with, to compile the next configuration against.
-    pub tables: Tables,
+    pub tables: Arc<Tables>,
     neighbours: Vec<(Mac, std::net::Ipv4Addr)>,
     settings: dataplane::Settings,
     pool: Pool,
     out: Output,
     burst: Vec<Packet>,
     now: Duration,
+    /// What to add to the clock for `now`.
+    epoch: Duration,
     due: Duration,
 }
 
@@ -110,7 +113,7 @@ pub struct Run {
 impl Bench {
     /// A worker in `world`, with every other card known by MAC.
     pub fn new(world: &World) -> Self {
-        let tables = Tables::compile(&world.snapshot, &Tables::default());
+        let tables = Arc::new(Tables::compile(&world.snapshot, &Tables::default()));
         let mut bench = Self {
             pipeline: Pipeline::new(world.settings.clone()),
             tables,
@@ -120,6 +123,7 @@ impl Bench {
             out: Output::default(),
             burst: Vec::with_capacity(BURST),
             now: Duration::ZERO,
+            epoch: Duration::ZERO,
             due: Duration::ZERO,
         };
         bench.pipeline.apply(bench.now, &bench.tables);
@@ -163,6 +167,76 @@ impl Bench {
         let connections = self.pipeline.counters().flows;
         let source = (0..windows).map(|_| self.bare(clock, source, window / 5.0)).collect();
         Run { pass, total, windows: samples, source, connections, allocations: allocated }
+    }
+
+    /// One pass as one window, with the clock.
+    pub fn one_pass(&mut self, clock: &Clock, source: &mut impl Source) -> Window {
+        let (epoch, start, began) = (self.now, clock.now(), clock::cycles());
+        let mut packets = 0;
+        while packets < source.pass() {
+            self.now = epoch + (clock.now() - start);
+            packets += self.step(source).0;
+        }
+        Window { packets, cycles: clock::cycles() - began }
+    }
+
+    /// Takes all ports away and configures `world` anew: no connection is left.
+    pub fn forget_connections(&mut self, world: &World) {
+        self.apply(&dataplane::Snapshot::default());
+        self.apply(&world.snapshot);
+        self.introduce_neighbours();
+    }
+
+    fn apply(&mut self, snapshot: &dataplane::Snapshot) {
+        self.tables = Arc::new(Tables::compile(snapshot, &self.tables));
+        self.pipeline.apply(self.now, &self.tables);
+    }
+
+    /// Compiles a configuration, to be taken over after those compiled before.
+    pub fn compile(&mut self, snapshot: &dataplane::Snapshot) -> Arc<Tables> {
+        self.tables = Arc::new(Tables::compile(snapshot, &self.tables));
+        Arc::clone(&self.tables)
+    }
+
+    /// Takes over a compiled configuration: cycles for which that held the worker.
+    pub fn take(&mut self, tables: Arc<Tables>) -> u64 {
+        let before = clock::cycles();
+        self.pipeline.apply(self.now, &tables);
+        // The worker of a card frees what it replaces too.
+        drop(tables);
+        clock::cycles() - before
+    }
+
+    /// Lets time run with the clock from here on.
+    pub fn start_clock(&mut self, clock: &Clock) {
+        self.epoch = self.now.saturating_sub(clock.now());
+    }
+
+    /// One turn of what `take` puts into the burst: packets that came out.
+    #[inline]
+    pub fn turn_of(&mut self, clock: &Clock, take: impl FnOnce(&mut Pool, &mut Vec<Packet>) -> Device) -> u64 {
+        self.now = self.epoch + clock.now();
+        let device = take(&mut self.pool, &mut self.burst);
+        let mut turn = Turn { now: self.now, pool: &mut self.pool, out: &mut self.out };
+        self.pipeline.turn(&mut turn, device, &mut self.burst);
+        let delivered = self.drain();
+        if self.due <= self.now {
+            self.tick();
+        }
+        delivered
+    }
+
+    /// What a worker does without a packet.
+    pub fn idle(&mut self, clock: &Clock) {
+        self.now = self.epoch + clock.now();
+        if self.due <= self.now {
+            self.tick();
+        }
+    }
+
+    /// Takes buffers back.
+    pub fn give_back(&mut self, packets: &mut Vec<Packet>) {
+        self.pool.put_all(packets);
     }
 
     /// Bursts until `seconds` have passed.

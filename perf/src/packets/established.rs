@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use super::bench::{Bench, Run};
 use super::case;
 use super::clock::Clock;
+use super::frame::ENCAPSULATION;
 use super::generate::{Shape, Size};
 use super::report::{self, Bar};
 
@@ -28,6 +29,7 @@ pub fn connections(load: case::Load) -> u32 {
 pub fn run(clock: &Clock, load: case::Load, shape: Shape, seconds: f64, windows: usize) -> Map<String, Value> {
     let (run, memory) = measure(clock, &shape, seconds, windows);
     let mut fields = report::run(clock, &run);
+    fields.insert("cores_for_100_gbps".to_owned(), cores(clock, &shape, report::median(&run.windows)));
     fields.insert("memory".to_owned(), memory_of(memory, run.connections));
     fields.insert("tracked_all".to_owned(), (run.connections == u64::from(shape.connections)).into());
     if let Some(mpps) = bar(load).filter(|_| shape.size == Size::Small && shape.connections == connections(load)) {
@@ -46,6 +48,21 @@ pub fn measure(clock: &Clock, shape: &Shape, seconds: f64, windows: usize) -> (R
     let mut bench = Bench::new(&shape.world());
     let run = bench.run(clock, &mut source, windows, seconds / windows as f64);
     (run, resident_bytes() - before)
+}
+
+/// Bytes that a frame takes on a wire beside its own: preamble and gap.
+const GAP: f64 = 20.0;
+
+/// How many such cores fill 100 Gbit/s of underlay with frames of this size.
+fn cores(clock: &Clock, shape: &Shape, cycles: f64) -> Value {
+    let on_wire = shape.size.mean() + ENCAPSULATION as f64 + GAP;
+    let packets_per_s = 100e9 / 8.0 / on_wire;
+    json!({
+        "cores": report::round(packets_per_s * cycles / clock.hz()),
+        "packets_per_s": report::round(packets_per_s),
+        "bytes_on_wire": report::round(on_wire),
+        "extrapolated": "from the cycles of one core, the source's included and a device's not; that cores add up was not measured",
+    })
 }
 
 fn memory_of(grown: f64, connections: u64) -> Value {

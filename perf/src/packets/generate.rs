@@ -247,35 +247,51 @@ impl Source for Conversations {
 
     #[inline]
     fn next(&mut self, pool: &mut Pool, burst: &mut Vec<Packet>) -> Device {
-        let bursts = self.connections / self.burst;
-        if !self.from_guest {
-            for number in 0..self.burst {
-                let connection = shuffle(self.at * self.burst + number, self.connections);
-                let remote = connection & (self.remotes - 1);
-                self.push(pool, burst, true, remote, connection >> self.remotes.trailing_zeros());
-            }
-            self.from_guest = true;
-            return Device::Underlay;
+        self.from_guest = !self.from_guest;
+        if self.from_guest { self.next_of_wire(pool, burst) } else { self.next_of_guest(pool, burst) }
+    }
+}
+
+impl Conversations {
+    /// The next burst from the wire; the next one of a guest is of the same place in
+    /// the pass.
+    #[inline]
+    pub fn next_of_wire(&mut self, pool: &mut Pool, burst: &mut Vec<Packet>) -> Device {
+        for number in 0..self.burst {
+            let connection = shuffle(self.at * self.burst + number, self.connections);
+            let remote = connection & (self.remotes - 1);
+            self.push(pool, burst, true, remote, connection >> self.remotes.trailing_zeros());
         }
+        Device::Underlay
+    }
+
+    /// The next burst of a guest, which ends the place in the pass.
+    #[inline]
+    pub fn next_of_guest(&mut self, pool: &mut Pool, burst: &mut Vec<Packet>) -> Device {
+        let bursts = self.connections / self.burst;
         let at = (self.at + self.lag) & (bursts - 1);
-        let (guest, share) = (at % self.guests, self.connections / self.guests);
+        let (guest, share) = (at & (self.guests - 1), self.connections / self.guests);
         let (guests, remotes) = (self.guests.trailing_zeros(), self.remotes / self.guests);
         for number in 0..self.burst {
-            let connection = shuffle((at / self.guests) * self.burst + number, share);
+            let connection = shuffle((at >> guests) * self.burst + number, share);
             let remote = guest + ((connection & (remotes - 1)) << guests);
             self.push(pool, burst, false, remote, connection >> remotes.trailing_zeros());
         }
-        self.from_guest = false;
+        self.advance();
+        Device::Port(PortId(guest + 1))
+    }
+
+    /// Goes on to the next place of the pass.
+    #[inline]
+    pub fn advance(&mut self) {
+        let bursts = self.connections / self.burst;
         self.at += 1;
         if self.at == bursts {
             self.at = 0;
             self.lag = bursts / 2;
         }
-        Device::Port(PortId(guest + 1))
     }
-}
 
-impl Conversations {
     #[inline]
     fn push(&mut self, pool: &mut Pool, burst: &mut Vec<Packet>, wire: bool, remote: u32, port: u32) {
         let (templates, at) = if wire { (&self.wire, PORT_IN_WIRE) } else { (&self.guest, PORT_IN_GUEST) };

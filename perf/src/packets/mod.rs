@@ -18,9 +18,13 @@ mod clock;
 mod established;
 mod frame;
 mod generate;
+mod opening;
+mod paced;
 mod pcap;
 mod peer_ovs;
+mod pressure;
 mod report;
+mod search;
 mod source;
 mod world;
 
@@ -30,12 +34,13 @@ use anyhow::Context;
 use serde_json::{Map, Value, json};
 
 use self::bench::Bench;
-use self::case::{Case, Policy};
+use self::case::{Case, Load, Policy};
 use self::clock::Clock;
 use self::generate::{Shape, Size};
 use self::pcap::Trace;
+use self::search::Search;
 use self::source::{Replay, Source};
-use self::world::Load;
+use self::world::Derived;
 
 /// Arguments of `perf packets`.
 #[derive(Debug, clap::Args)]
@@ -58,6 +63,9 @@ pub struct Arguments {
     /// Another data plane that gets the same packets.
     #[arg(long, value_enum)]
     peer: Option<Peer>,
+    /// Also searches the highest load that an established case takes, and its latency.
+    #[arg(long, value_enum)]
+    search: Option<Search>,
     /// Frames of cases without a capture: bytes of the guest's frame with check sequence.
     #[arg(long, value_enum, default_value = "64")]
     size: Size,
@@ -102,17 +110,30 @@ pub fn run(arguments: &Arguments, runs: usize) -> anyhow::Result<()> {
         }
         Case::Generated(load) => {
             anyhow::ensure!(arguments.pcap.is_none(), "{case} makes its own packets, and takes no --pcap");
-            let shape = Shape::new(arguments.flows.unwrap_or_else(|| established::connections(load)), arguments.size);
-            if let Some(path) = &arguments.pcap_out {
-                return write_pass(&shape, path);
-            }
-            let world = shape.world();
-            tell(&world.notes);
-            fields.append(&mut established::run(&clock, load, shape, arguments.seconds, windows));
-            fields.insert("traffic".to_owned(), traffic_facts(&shape));
-            if let Some(Peer::OvsDpdk) = arguments.peer {
-                let job = peer_ovs::Job { trace: &one_pass(&shape), world: &world, policy: None };
-                peer_ovs::compare(&clock, &job, arguments.seconds, &mut fields)?;
+            match load {
+                Load::Established16k | Load::Established1m => {
+                    let shape = Shape::new(arguments.flows.unwrap_or_else(|| established::connections(load)), arguments.size);
+                    if let Some(path) = &arguments.pcap_out {
+                        return write_pass(&shape, path);
+                    }
+                    let world = shape.world();
+                    tell(&world.notes);
+                    fields.append(&mut established::run(&clock, load, shape, arguments.seconds, windows));
+                    fields.insert("traffic".to_owned(), traffic_facts(&shape));
+                    if let Some(search) = arguments.search {
+                        fields.insert("search".to_owned(), search::run(&clock, search, &shape, arguments.seconds).into());
+                    }
+                    if let Some(Peer::OvsDpdk) = arguments.peer {
+                        let job = peer_ovs::Job { trace: &one_pass(&shape), world: &world, policy: None };
+                        peer_ovs::compare(&clock, &job, arguments.seconds, &mut fields)?;
+                    }
+                }
+                Load::Connections => fields.append(&mut opening::connections(&clock)),
+                Load::Rules1 | Load::Rules1000 | Load::Rules10000 => {
+                    fields.append(&mut opening::rules(&clock, load, arguments.seconds));
+                }
+                Load::Edit => fields.append(&mut pressure::edit(&clock, arguments.seconds)),
+                Load::Flood => fields.append(&mut pressure::flood(&clock, arguments.seconds)),
             }
         }
     }
@@ -123,7 +144,7 @@ pub fn run(arguments: &Arguments, runs: usize) -> anyhow::Result<()> {
 }
 
 /// Reads a capture and derives its world.
-fn load(case: Policy, path: &Path) -> anyhow::Result<Load> {
+fn load(case: Policy, path: &Path) -> anyhow::Result<Derived> {
     let file = std::fs::read(path).with_context(|| path.display().to_string())?;
     let trace = pcap::read(&file).with_context(|| path.display().to_string())?;
     drop(file);
@@ -141,13 +162,13 @@ fn tell(notes: &[String]) {
     }
 }
 
-fn replay(clock: &Clock, load: &Load, seconds: f64, windows: usize) -> Map<String, Value> {
+fn replay(clock: &Clock, load: &Derived, seconds: f64, windows: usize) -> Map<String, Value> {
     let mut source = Replay::new(&load.trace, &load.devices);
     let run = Bench::new(&load.world).run(clock, &mut source, windows, seconds / windows as f64);
     report::run(clock, &run)
 }
 
-fn trace_facts(path: &Path, load: &Load) -> Value {
+fn trace_facts(path: &Path, load: &Derived) -> Value {
     let mean = load.trace.bytes() as f64 / load.trace.len().max(1) as f64;
     json!({
         "file": path.display().to_string(),

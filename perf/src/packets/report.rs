@@ -64,6 +64,11 @@ pub fn median(windows: &[Window]) -> f64 {
     cycles.get(cycles.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// The fastest of the windows, in cycles for each packet.
+pub fn fastest(windows: &[Window]) -> f64 {
+    windows.iter().map(|window| window.cycles_per_packet()).fold(f64::INFINITY, f64::min)
+}
+
 /// What the issue asks of a figure, and whether it was met.
 #[derive(Debug)]
 pub struct Bar {

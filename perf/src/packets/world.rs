@@ -67,7 +67,7 @@ pub struct World {
 
 /// A world, and what arrives in it: each frame with its device, in order.
 #[derive(Debug)]
-pub struct Load {
+pub struct Derived {
     /// The world.
     pub world: World,
     /// The frames.
@@ -106,7 +106,7 @@ impl Eq for Inner {}
 ///
 /// # Errors
 /// [`WorldError`].
-pub fn derive(case: Policy, trace: &Trace) -> Result<Load, WorldError> {
+pub fn derive(case: Policy, trace: &Trace) -> Result<Derived, WorldError> {
     if let Some((index, frame)) = trace.iter().enumerate().find(|(_, frame)| frame.len() > FRAME_MAX - frame::ENCAPSULATION) {
         return Err(WorldError::TooLong { index, bytes: frame.len() });
     }
@@ -245,7 +245,7 @@ impl Survey {
         }
     }
 
-    fn load(mut self, case: Policy, trace: &Trace, frames: &[Frame], feeds: &[Feed]) -> Result<Load, WorldError> {
+    fn load(mut self, case: Policy, trace: &Trace, frames: &[Frame], feeds: &[Feed]) -> Result<Derived, WorldError> {
         let ports = self.ports(case, feeds)?;
         let mut by_sender: HashMap<(Mac, Ipv4Addr), PortId> = HashMap::new();
         for port in &ports {
@@ -294,7 +294,7 @@ impl Survey {
             neighbours: self.neighbours,
             notes: self.notes,
         };
-        Ok(Load { world, trace: played, devices })
+        Ok(Derived { world, trace: played, devices })
     }
 
     /// One port for each MAC that sends, and one for each other guest. A MAC that

@@ -107,7 +107,7 @@ impl Switch {
         self.port("br-int", "vxlan", 1, "vxlan", &["options:remote_ip=flow", "options:key=flow"])?;
         self.port("br-int", "guests", 2, "dpdk", &["options:dpdk-devargs=\"net_null1,no-rx=1\""])?;
         self.port("br-int", "down", 3, "patch", &["options:peer=up"])?;
-        for name in ["source", "sink", "up", "vxlan", "guests", "down"] {
+        for name in ["source", "sink", "vxlan", "guests"] {
             self.port_check(name)?;
         }
         self.appctl(&["tnl/neigh/set", "br-phy", &peer.1.to_string(), &peer.0.to_string()])?;
