@@ -165,7 +165,7 @@ impl Bench {
             (offered, delivered)
         });
         let connections = self.pipeline.counters().flows;
-        let source = (0..windows).map(|_| self.bare(clock, source, window / 5.0)).collect();
+        let source = (0..windows).map(|_| self.without_pipeline(clock, source, window / 5.0, |_, _| ())).collect();
         Run { pass, total, windows: samples, source, connections, allocations: allocated }
     }
 
@@ -256,14 +256,23 @@ impl Bench {
         }
     }
 
-    /// The loop of [`Bench::window`] without the pipeline: "mode 0".
-    fn bare(&mut self, clock: &Clock, source: &mut impl Source, seconds: f64) -> Window {
+    /// The loop of [`Bench::window`] with `each` in place of the pipeline; without
+    /// effect it is "mode 0", the source alone. `each` is told which packets come from
+    /// the wire.
+    pub fn without_pipeline(
+        &mut self,
+        clock: &Clock,
+        source: &mut impl Source,
+        seconds: f64,
+        mut each: impl FnMut(&mut Packet, bool),
+    ) -> Window {
         let mut packets = 0;
         let began = clock::cycles();
         let end = began + clock.cycles_in(seconds);
         loop {
             std::hint::black_box(clock.now());
-            source.next(&mut self.pool, &mut self.burst);
+            let device = source.next(&mut self.pool, &mut self.burst);
+            self.burst.iter_mut().for_each(|packet| each(packet, device == Device::Underlay));
             packets += std::hint::black_box(&self.burst).len() as u64;
             self.pool.put_all(&mut self.burst);
             let now = clock::cycles();

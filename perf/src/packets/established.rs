@@ -3,11 +3,12 @@
 
 use serde_json::{Map, Value, json};
 
-use super::bench::{Bench, Run};
+use super::bench::Bench;
 use super::case;
 use super::clock::Clock;
 use super::frame::ENCAPSULATION;
 use super::generate::{Shape, Size};
+use super::reference;
 use super::report::{self, Bar};
 
 /// What each established case promises, in packets a second.
@@ -27,27 +28,24 @@ pub fn connections(load: case::Load) -> u32 {
 /// Runs an established case. The bar counts at 64 bytes and the case's own number
 /// of connections.
 pub fn run(clock: &Clock, load: case::Load, shape: Shape, seconds: f64, windows: usize) -> Map<String, Value> {
-    let (run, memory) = measure(clock, &shape, seconds, windows);
+    let mut source = shape.source();
+    let before = resident_bytes();
+    let mut bench = Bench::new(&shape.world());
+    let run = bench.run(clock, &mut source, windows, seconds / windows as f64);
+    let memory = resident_bytes() - before;
     let mut fields = report::run(clock, &run);
     fields.insert("cores_for_100_gbps".to_owned(), cores(clock, &shape, report::median(&run.windows)));
     fields.insert("memory".to_owned(), memory_of(memory, run.connections));
     fields.insert("tracked_all".to_owned(), (run.connections == u64::from(shape.connections)).into());
+    let (cycles, ratio) = reference::compare(clock, &mut bench, &mut source, &run, seconds / windows as f64 / 5.0);
+    let figures = json!({ "cycles_per_packet": report::round(cycles), "pipeline_to_reference": report::round(ratio) });
+    fields.insert("reference".to_owned(), figures);
     if let Some(mpps) = bar(load).filter(|_| shape.size == Size::Small && shape.connections == connections(load)) {
         let measured = clock.hz() / report::median(&run.windows) / 1e6;
         let whole = run.pass.lost() == 0 && run.connections == u64::from(shape.connections);
         report::bars(&mut fields, &[Bar::at_least("Mpps", mpps, measured), Bar::is("every connection tracked, nothing dropped", whole)]);
     }
     fields
-}
-
-/// Measures a shape: the run, and the bytes by which the process grew while the
-/// connections were opened.
-pub fn measure(clock: &Clock, shape: &Shape, seconds: f64, windows: usize) -> (Run, f64) {
-    let mut source = shape.source();
-    let before = resident_bytes();
-    let mut bench = Bench::new(&shape.world());
-    let run = bench.run(clock, &mut source, windows, seconds / windows as f64);
-    (run, resident_bytes() - before)
 }
 
 /// Bytes that a frame takes on a wire beside its own: preamble and gap.

@@ -23,6 +23,7 @@ mod paced;
 mod pcap;
 mod peer_ovs;
 mod pressure;
+mod reference;
 mod report;
 mod search;
 mod source;

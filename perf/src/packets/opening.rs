@@ -64,6 +64,10 @@ pub fn connections(clock: &Clock) -> Map<String, Value> {
     let mut fields = Map::new();
     rate(clock, &mut fields, "connections_per_s", &windows);
     fields.insert("connections".to_owned(), bench.pipeline.counters().flows.into());
+    // What a packet of a connection that exists costs, in the same run.
+    let established = bench.run(clock, &mut shape.source(), WINDOWS, 0.005).windows;
+    let ratio = report::fastest(&windows) / report::fastest(&established);
+    fields.insert("new_to_established".to_owned(), report::round(ratio));
     let million = clock.hz() / report::median(&windows) / 1e6;
     report::bars(
         &mut fields,
