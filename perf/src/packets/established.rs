@@ -8,6 +8,7 @@ use super::case;
 use super::clock::Clock;
 use super::frame::ENCAPSULATION;
 use super::generate::{Shape, Size};
+use super::page::Point;
 use super::reference;
 use super::report::{self, Bar};
 
@@ -46,6 +47,21 @@ pub fn run(clock: &Clock, load: case::Load, shape: Shape, seconds: f64, windows:
         report::bars(&mut fields, &[Bar::at_least("Mpps", mpps, measured), Bar::is("every connection tracked, nothing dropped", whole)]);
     }
     fields
+}
+
+/// Packets a second by number of connections, for a plot: `seconds` in all, and what
+/// opening them takes.
+pub fn sweep(clock: &Clock, size: Size, seconds: f64) -> Vec<Point> {
+    const WINDOWS: usize = 5;
+    let numbers = [8, 10, 12, 14, 16, 18, 20].map(|bits| 1u32 << bits);
+    let window = seconds / (WINDOWS * numbers.len()) as f64;
+    let point = |connections| {
+        let shape = Shape::new(connections, size);
+        let run = Bench::new(&shape.world()).run(clock, &mut shape.source(), WINDOWS, window);
+        let mpps = clock.hz() / report::median(&run.windows) / 1e6;
+        Point { connections, mpps, tracked: run.connections == u64::from(connections) }
+    };
+    numbers.map(point).to_vec()
 }
 
 /// Bytes that a frame takes on a wire beside its own: preamble and gap.

@@ -20,6 +20,7 @@ mod frame;
 mod generate;
 mod opening;
 mod paced;
+mod page;
 mod pcap;
 mod peer_ovs;
 mod pressure;
@@ -61,6 +62,9 @@ pub struct Arguments {
     /// Where the JSON goes; `-` is standard output.
     #[arg(long, default_value = "-")]
     json: PathBuf,
+    /// Also writes the report as a page with plots, and measures numbers of connections for it.
+    #[arg(long)]
+    page: Option<PathBuf>,
     /// Another data plane that gets the same packets.
     #[arg(long, value_enum)]
     peer: Option<Peer>,
@@ -141,7 +145,12 @@ pub fn run(arguments: &Arguments, runs: usize) -> anyhow::Result<()> {
     fields.insert("commit".to_owned(), crate::figure::git_commit().into());
     fields.insert("machine".to_owned(), report::machine(&clock));
     fields.insert("date".to_owned(), crate::figure::date().into());
-    print(&arguments.json, &Value::Object(fields))
+    let report = Value::Object(fields);
+    if let Some(path) = &arguments.page {
+        let sweep = established::sweep(&clock, arguments.size, arguments.seconds);
+        std::fs::write(path, page::html(&report, &sweep)).with_context(|| path.display().to_string())?;
+    }
+    print(&arguments.json, &report)
 }
 
 /// Reads a capture and derives its world.

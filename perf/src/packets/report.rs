@@ -42,6 +42,7 @@ pub fn run(clock: &Clock, run: &Run) -> Map<String, Value> {
         "every_pass_alike": run.total == run.pass.times(run.total.offered / run.pass.offered.max(1)),
         "connections": run.connections,
         "allocations": run.allocations,
+        "mpps_of_windows": mpps.iter().map(|mpps| round(*mpps)).collect::<Vec<_>>(),
         "windows": {
             "mpps": figure::spread(&mpps, "Mpps"),
             "cycles_per_packet": figure::spread(&per_packet, "TSC cycles"),
