@@ -18,12 +18,12 @@ use std::net::Ipv4Addr;
 use dataplane::packet::{Packet, Pool};
 use dataplane::pipeline::Device;
 use dataplane::{
-    Dhcp, Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Settings, Snapshot, Underlay, Vni, headers,
+    Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Settings, Snapshot, Underlay, Vni, headers,
 };
 
 use super::frame::{self, ENCAPSULATION};
 use super::source::{BURST, Source};
-use super::world::World;
+use super::world::{self, World};
 
 const VNI: Vni = Vni(100);
 const SERVICE: u16 = 8080;
@@ -136,22 +136,8 @@ impl Shape {
 
     fn port(&self, guest: u32) -> PortConfig {
         let address = guest_address(guest);
-        PortConfig {
-            id: PortId(guest + 1),
-            vni: VNI,
-            mac: mac(address),
-            ipv4: address,
-            subnet: Prefix::new(address, 24),
-            vpc_prefixes: vec![Prefix::new(address, 16)],
-            public: None,
-            source_dest_check: true,
-            mtu: 9001,
-            ingress: rules(self.rules, (SERVICE, SERVICE)),
-            egress: rules(self.rules, (0, u16::MAX)),
-            routes: Vec::new(),
-            dhcp: Dhcp::default(),
-            generation: 1,
-        }
+        let (ingress, egress) = (rules(self.rules, (SERVICE, SERVICE)), rules(self.rules, (0, u16::MAX)));
+        PortConfig { ingress, egress, ..world::port(PortId(guest + 1), VNI, mac(address), address) }
     }
 
     /// The traffic.

@@ -23,7 +23,7 @@ pub struct Point {
 
 /// The page of a report.
 pub fn html(report: &Value, sweep: &[Point]) -> String {
-    let case = text(&report["case"]);
+    let case = escape(&text(&report["case"]));
     let mut page = format!(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Packets: {case}</title>\n<style>\
          body{{font:15px/1.5 system-ui,sans-serif;max-width:760px;margin:2em auto;padding:0 1em;color:#1a1a1a}}\
@@ -213,7 +213,7 @@ mod tests {
         let sweep = [1 << 10, 1 << 20].map(|connections| Point { connections, mpps: 3.0, tracked: connections < 1 << 20 });
         let page = html(&report, &sweep);
         assert_eq!(page.matches("<svg").count(), 4, "cycles, peer, connections, latency");
-        for shown in ["OVS-DPDK, as it comes", "1k", "1M*", "&lt;case&gt;", "p99 10.0 us"] {
+        for shown in ["OVS-DPDK, as it comes", "1k", "1M*", "&lt;case&gt;", "p99 10 us"] {
             assert!(page.contains(shown), "{shown}");
         }
         for absent in ["<case>", "<script", "http", "src="] {

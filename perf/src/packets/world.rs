@@ -402,21 +402,34 @@ impl Guest {
         let address = self.addresses.first().copied().unwrap_or(GUEST);
         let (ingress, egress) = rules(case);
         PortConfig {
-            id: self.id,
-            vni,
-            mac: self.mac,
-            ipv4: address,
             subnet: Prefix::new(address, subnet_length),
             vpc_prefixes: vpc_prefixes.to_vec(),
-            public: None,
             source_dest_check: self.addresses.len() == 1,
-            mtu: MTU,
             ingress,
             egress,
-            routes: Vec::new(),
-            dhcp: Dhcp::default(),
-            generation: 1,
+            ..port(self.id, vni, self.mac, address)
         }
+    }
+}
+
+/// A port as a guest has it who asked for nothing: in a subnet of 256 addresses, and
+/// without a rule.
+pub fn port(id: PortId, vni: Vni, mac: Mac, ipv4: Ipv4Addr) -> PortConfig {
+    PortConfig {
+        id,
+        vni,
+        mac,
+        ipv4,
+        subnet: Prefix::new(ipv4, 24),
+        vpc_prefixes: vec![Prefix::new(ipv4, 16)],
+        public: None,
+        source_dest_check: true,
+        mtu: MTU,
+        ingress: Vec::new(),
+        egress: Vec::new(),
+        routes: Vec::new(),
+        dhcp: Dhcp::default(),
+        generation: 1,
     }
 }
 
@@ -496,4 +509,96 @@ fn commonest<T: Copy + Eq + std::hash::Hash + Ord>(values: impl Iterator<Item = 
         *counts.entry(value).or_default() += 1;
     }
     counts.into_iter().max_by_key(|(value, count)| (*count, std::cmp::Reverse(*value))).map(|(value, _)| value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MACS: [Mac; 2] = [Mac([2, 0, 0, 0, 0, 1]), Mac([2, 0, 0, 0, 0, 2])];
+    const US: Underlay =
+        Underlay { address: Ipv4Addr::new(192, 0, 2, 1), prefix_length: 24, mac: Mac([2, 9, 9, 9, 9, 1]), encapsulated: true };
+
+    fn plain(source: Ipv4Addr, destination: Ipv4Addr) -> Vec<u8> {
+        frame::udp((MACS[0], source, 1000), (MACS[1], destination, 8080), 22)
+    }
+
+    fn from_card(card: u8, vni: u32, inner: &[u8]) -> Vec<u8> {
+        let from = (Mac([2, 9, 9, 9, 9, card]), Ipv4Addr::new(192, 0, 2, card));
+        frame::encapsulate(inner, from, &US, Vni(vni), 0).unwrap()
+    }
+
+    fn host(number: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 0, 7, number)
+    }
+
+    #[track_caller]
+    fn world(policy: Policy, frames: &[Vec<u8>]) -> Derived {
+        let mut trace = Trace::default();
+        frames.iter().for_each(|frame| trace.push(frame));
+        let derived = derive(policy, &trace).unwrap();
+        assert_eq!((derived.trace.len(), derived.devices.len()), (frames.len(), frames.len()));
+        derived
+    }
+
+    #[test]
+    fn the_card_is_who_the_network_sends_to_and_senders_are_where_they_were_first_seen() {
+        let frames = [
+            from_card(7, 100, &plain(host(1), GUEST)),
+            from_card(8, 100, &plain(host(2), GUEST)),
+            from_card(9, 100, &plain(host(1), GUEST)),
+            from_card(9, 200, &plain(host(3), GUEST)),
+        ];
+        let Derived { world, devices, .. } = world(Policy::DecapConntrack, &frames);
+        assert_eq!((world.settings.underlay.address, world.settings.underlay.mac), (US.address, US.mac));
+        let mappings: Vec<_> = world.snapshot.networks[0].mappings.iter().map(|mapping| (mapping.ip, mapping.vtep.octets()[3])).collect();
+        assert_eq!(mappings, [(GUEST, 1), (host(1), 7), (host(2), 8)], "not who is in another network");
+        assert_eq!(world.snapshot.ports.len(), 1);
+        let port = &world.snapshot.ports[0];
+        assert_eq!((port.ipv4, port.mac, port.vni), (GUEST, MACS[1], VNI));
+        assert_eq!(port.ingress, rules(Policy::DecapConntrack).0);
+        assert_eq!(devices, [Device::Underlay; 4]);
+        assert_eq!(world.neighbours.len(), 3);
+    }
+
+    #[test]
+    fn whoever_speaks_first_is_the_guest_and_answers_come_over_the_wire() {
+        let frames = [plain(GUEST, host(1)), plain(host(1), GUEST), plain(GUEST, host(2))];
+        let Derived { world, trace, devices } = world(Policy::ConntrackEncap, &frames);
+        let port = Device::Port(world.snapshot.ports[0].id);
+        assert_eq!(devices, [port, Device::Underlay, port]);
+        assert_eq!(trace.get(0), frames[0]);
+        let outer = frame::dissect(trace.get(1)).outer.unwrap();
+        assert_eq!((outer.vni, outer.destination.1), (Some(VNI), CARD));
+        let mapped = world.snapshot.networks[0].mappings.iter().find(|mapping| mapping.ip == host(1)).unwrap();
+        assert_eq!(outer.source.1, mapped.vtep);
+    }
+
+    #[test]
+    fn a_mac_with_many_addresses_is_one_guest_that_routes_and_others_are_one_each() {
+        let frames: Vec<_> = (1..=3).map(|number| plain(host(number), GUEST)).collect();
+        let ports = world(Policy::Encap, &frames).world.snapshot.ports;
+        assert_eq!((ports.len(), ports[0].source_dest_check), (1, false));
+        // Somebody sends to each of them, so each needs its own address.
+        let ports = world(Policy::Forward, &[frames, vec![plain(GUEST, host(1)), plain(GUEST, host(2))]].concat()).world.snapshot.ports;
+        for address in [host(1), host(2), GUEST] {
+            assert!(ports.iter().any(|port| port.ipv4 == address), "{address}");
+        }
+    }
+
+    #[test]
+    fn no_guest_sends_to_the_router_of_its_own_subnet() {
+        let destination = Ipv4Addr::new(10, 0, 7, 1);
+        let ports = world(Policy::Encap, &[plain(host(9), destination)]).world.snapshot.ports;
+        assert_ne!(ports[0].subnet.nth(1), destination);
+    }
+
+    #[test]
+    fn a_trace_without_a_guests_packet_has_no_world() {
+        let mut trace = Trace::default();
+        trace.push(&[0; 60]);
+        assert!(matches!(derive(Policy::Decap, &trace), Err(WorldError::Nobody)));
+        trace.push(&[0; FRAME_MAX]);
+        assert!(matches!(derive(Policy::Decap, &trace), Err(WorldError::TooLong { index: 1, .. })));
+    }
 }
