@@ -82,15 +82,15 @@ fn outer(frame: &[u8]) -> Option<Outer> {
     Some(Outer { source: (ethernet.source, ip.source), destination: (ethernet.destination, ip.destination), vni, at })
 }
 
-/// Carries `inner` from another card to this one, which is `to` on the underlay.
-/// `None`: too long for a packet.
-pub fn encapsulate(inner: &[u8], from: (Mac, Ipv4Addr), to: &Underlay, vni: Vni, entropy: u64) -> Option<Vec<u8>> {
-    let mut packet = Packet::new();
-    let sender = Underlay { address: from.1, mac: from.0, ..*to };
-    let done =
-        packet.copy_from(inner) && vxlan::push_header(&mut packet, vni) && vxlan::push_outer(&mut packet, &sender, to.address, entropy);
-    write(packet.as_mut_slice(), 0, to.mac.0);
-    done.then(|| packet.as_slice().to_vec())
+/// Carries `inner` from another card to this one, which is `to` on the underlay;
+/// `port` is the source port that stands for the inner flow.
+pub fn encapsulate(inner: &[u8], from: (Mac, Ipv4Addr), to: &Underlay, vni: Vni, port: u16) -> Vec<u8> {
+    let mut frame = vec![0; ENCAPSULATION];
+    frame.extend_from_slice(inner);
+    let [_, high, middle, low] = vni.0.to_be_bytes();
+    write(&mut frame, ETHERNET + IPV4 + UDP, [0x08, 0, 0, 0, high, middle, low, 0]);
+    fill_udp(&mut frame, (from.0, from.1, port), (to.mac, to.address, vxlan::PORT));
+    frame
 }
 
 /// A question by ARP for this card's MAC, from which the card learns the asker's.
@@ -101,21 +101,26 @@ pub fn arp_question(from: (Mac, Ipv4Addr), to: &Underlay) -> Packet {
     packet
 }
 
-/// A UDP datagram with `payload` zero bytes, whole with Ethernet; the checksum is
-/// left out, as RFC 768 lets senders do.
+/// A UDP datagram with `payload` zero bytes, whole with Ethernet.
 pub fn udp(source: (Mac, Ipv4Addr, u16), destination: (Mac, Ipv4Addr, u16), payload: usize) -> Vec<u8> {
     let mut frame = vec![0; ETHERNET + IPV4 + UDP + payload];
-    headers::write_ethernet(&mut frame, destination.0, source.0, headers::TYPE_IPV4);
-    let length = UDP + payload;
+    fill_udp(&mut frame, source, destination);
+    frame
+}
+
+/// Fills the headers of Ethernet, IPv4 and UDP in front of what `frame` holds. The
+/// UDP checksum is left out, as RFC 768 and RFC 7348 let senders do.
+fn fill_udp(frame: &mut [u8], source: (Mac, Ipv4Addr, u16), destination: (Mac, Ipv4Addr, u16)) {
+    headers::write_ethernet(frame, destination.0, source.0, headers::TYPE_IPV4);
+    let length = frame.len().saturating_sub(ETHERNET + IPV4);
     if let Some(ip) = frame.get_mut(ETHERNET..) {
         headers::write_ipv4(ip, (source.1, destination.1), headers::UDP_PROTOCOL, (0, 0), length);
     }
     let ports = ETHERNET + IPV4;
-    write(&mut frame, ports, source.2.to_be_bytes());
-    write(&mut frame, ports + 2, destination.2.to_be_bytes());
+    write(frame, ports, source.2.to_be_bytes());
+    write(frame, ports + 2, destination.2.to_be_bytes());
     // Frames end at 9,216 bytes.
-    write(&mut frame, ports + 4, u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes());
-    frame
+    write(frame, ports + 4, u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes());
 }
 
 #[cfg(test)]
@@ -129,7 +134,7 @@ mod tests {
         let inner = udp((a, from, 1), (b, to, 8080), 22);
         let us = Underlay { address: Ipv4Addr::new(192, 0, 2, 1), prefix_length: 24, mac: b, encapsulated: true };
         let vtep = Ipv4Addr::new(192, 0, 2, 2);
-        let frame = encapsulate(&inner, (a, vtep), &us, Vni(100), 7).unwrap();
+        let frame = encapsulate(&inner, (a, vtep), &us, Vni(100), 0xc007);
         assert_eq!(frame.len(), inner.len() + ENCAPSULATION);
         let Frame { outer: Some(outer), inner: Some(seen) } = dissect(&frame) else { panic!("VXLAN") };
         assert_eq!((outer.source, outer.destination, outer.vni), ((a, vtep), (b, us.address), Some(Vni(100))));

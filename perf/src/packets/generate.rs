@@ -17,9 +17,7 @@ use std::net::Ipv4Addr;
 
 use dataplane::packet::{Packet, Pool};
 use dataplane::pipeline::Device;
-use dataplane::{
-    Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Settings, Snapshot, Underlay, Vni, headers,
-};
+use dataplane::{Mac, Mapping, NetworkConfig, PortConfig, PortId, Prefix, Protocol, Remote, Rule, Snapshot, Underlay, Vni, headers};
 
 use super::frame::{self, ENCAPSULATION};
 use super::source::{BURST, Source};
@@ -121,7 +119,7 @@ impl Shape {
         let ours = (0..self.guests).map(|guest| Mapping { ip: guest_address(guest), mac: mac(guest_address(guest)), vtep: CARD.address });
         let network = NetworkConfig { vni: VNI, mappings: remotes.chain(ours).collect(), groups: HashMap::new() };
         World {
-            settings: Settings { underlay: CARD, public: None, seed: 0x05ee_d0f7_ab1e },
+            settings: world::settings(CARD),
             snapshot: Snapshot { ports: guests, networks: vec![network] },
             neighbours: (0..CARDS).map(|card| (mac(vtep(card)), vtep(card))).collect(),
             notes: vec![format!(
@@ -154,7 +152,7 @@ impl Shape {
             if wire {
                 let inner = frame::udp((mac(far), far, FIRST_PORT), (mac(near), near, SERVICE), payload);
                 let from = (mac(vtep(remote)), vtep(remote));
-                Template::new(&frame::encapsulate(&inner, from, &CARD, VNI, u64::from(remote) << 32).unwrap_or(inner))
+                Template::new(&frame::encapsulate(&inner, from, &CARD, VNI, world::entropy(far)))
             } else {
                 Template::new(&frame::udp((mac(near), near, SERVICE), (dataplane::ROUTER_MAC, far, FIRST_PORT), payload))
             }

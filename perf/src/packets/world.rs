@@ -275,9 +275,8 @@ impl Survey {
                 }
                 Feed::Wrapped(inner) => {
                     let vtep = vteps.get(&inner.source.1).copied().unwrap_or_else(|| card_of(inner.source.1));
-                    let entropy = u64::from(u32::from(inner.source.1)) << 32;
-                    let wrapped = frame::encapsulate(bare, (card_mac(vtep), vtep), &self.underlay, self.vni, entropy);
-                    played.push(wrapped.as_deref().unwrap_or(bytes));
+                    let port = entropy(inner.source.1);
+                    played.push(&frame::encapsulate(bare, (card_mac(vtep), vtep), &self.underlay, self.vni, port));
                     devices.push(Device::Underlay);
                 }
             }
@@ -289,7 +288,7 @@ impl Survey {
         let vpc_prefixes = vpc_prefixes(&every);
         let ports = ports.iter().map(|port| port.config(case, self.vni, subnet_length, &vpc_prefixes)).collect();
         let world = World {
-            settings: Settings { underlay: self.underlay, public: None, seed: 0x05ee_d0f7_ab1e },
+            settings: settings(self.underlay),
             snapshot: Snapshot { ports, networks: vec![network] },
             neighbours: self.neighbours,
             notes: self.notes,
@@ -412,6 +411,17 @@ impl Guest {
     }
 }
 
+/// What a card is that has this place on the underlay and no public side.
+pub fn settings(underlay: Underlay) -> Settings {
+    Settings { underlay, public: None, seed: 0x05ee_d0f7_ab1e }
+}
+
+/// A source port of VXLAN for what an address sends, as the data plane has them.
+pub fn entropy(address: Ipv4Addr) -> u16 {
+    let [_, _, c, d] = address.octets();
+    0xc000 | (u16::from_be_bytes([c, d]) & 0x3fff)
+}
+
 /// A port as a guest has it who asked for nothing: in a subnet of 256 addresses, and
 /// without a rule.
 pub fn port(id: PortId, vni: Vni, mac: Mac, ipv4: Ipv4Addr) -> PortConfig {
@@ -525,7 +535,7 @@ mod tests {
 
     fn from_card(card: u8, vni: u32, inner: &[u8]) -> Vec<u8> {
         let from = (Mac([2, 9, 9, 9, 9, card]), Ipv4Addr::new(192, 0, 2, card));
-        frame::encapsulate(inner, from, &US, Vni(vni), 0).unwrap()
+        frame::encapsulate(inner, from, &US, Vni(vni), 0xc000)
     }
 
     fn host(number: u8) -> Ipv4Addr {
