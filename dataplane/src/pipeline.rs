@@ -44,7 +44,7 @@ use rate_limit::TokenBucket;
 
 use crate::action::{Origin, Output};
 use crate::arp::{self, Neighbours};
-use crate::counters::{Board, DropReason, Frames, Tally};
+use crate::counters::{Board, Counters, DropReason, Frames, Tally};
 use crate::flow::{FlowTable, Slot};
 use crate::fragment::FragmentTable;
 use crate::headers::ETHERNET;
@@ -210,6 +210,12 @@ impl Pipeline {
 
     pub(crate) fn board(&self) -> &Arc<Board> {
         &self.board
+    }
+
+    /// A reading of all counters, those of the ports included.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.board.read()
     }
 
     /// Takes over a configuration.

@@ -9,11 +9,13 @@
 //! | `up` | seconds from `cargo rack up` on built binaries to ready |
 //! | `launch` | seconds from `RunInstances` to machine, and to the ssh banner |
 //! | `blocks` | operations per second and latency of any NVMe/TCP target |
+//! | `packets` | packets a second and cycles a packet of the packet path |
 //! | `describe` | CPU of `DescribeInstances` by id, beside moto when it is there |
 
 mod api;
 mod blocks;
 mod figure;
+mod packets;
 mod process;
 mod rack;
 
@@ -42,6 +44,8 @@ enum Command {
     Launch,
     /// Block I/O against any NVMe/TCP target.
     Blocks(Box<blocks::Arguments>),
+    /// Packets a second and cycles a packet of the packet path, on a capture.
+    Packets(packets::Arguments),
     /// CPU per `DescribeInstances` by id.
     Describe {
         /// Instances that the account has, at most 90: the region has 192 cores.
@@ -65,6 +69,10 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Launch => rack::launch(arguments.runs)?,
         Command::Blocks(arguments) => {
             blocks::run(&arguments, runs)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Packets(packets) => {
+            packets::run(&packets, runs)?;
             return Ok(ExitCode::SUCCESS);
         }
         Command::Describe { instances, requests, moto } => api::describe(arguments.runs, instances, requests, moto.as_deref())?,
