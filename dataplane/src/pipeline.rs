@@ -45,12 +45,12 @@ use rate_limit::TokenBucket;
 use crate::action::{Origin, Output};
 use crate::arp::{self, Neighbours};
 use crate::counters::{Board, Counters, DropReason, Frames, Tally};
-use crate::flow::{FlowTable, Slot};
+use crate::flow::{Direction, FlowTable, Slot};
 use crate::fragment::FragmentTable;
 use crate::headers::ETHERNET;
 use crate::packet::{Packet, Pool};
 use crate::policy::{GatewaySlot, Local, Locals, Map, Network, Port, Tables};
-use crate::{Mac, PortId, Prefix, Settings, Vni, fragment, headers, vxlan};
+use crate::{Mac, PortId, Prefix, Settings, Vni, fragment, headers, policy, vxlan};
 
 /// The MAC of every subnet's router and of the card's services.
 pub const ROUTER_MAC: Mac = Mac([0x0e, 0, 0, 0, 0, 1]);
@@ -151,7 +151,32 @@ struct Hot {
     subnet: Prefix,
     mtu: u16,
     source_dest_check: bool,
+    tracked: Tracked,
     generation: u32,
+}
+
+/// Which new connections are sure to be tracked if they may be at all: of TCP and UDP,
+/// by the direction that they begin in. Those of other protocols always are.
+#[derive(Debug, Clone, Copy)]
+struct Tracked {
+    tcp: [bool; 2],
+    udp: [bool; 2],
+}
+
+impl Tracked {
+    fn new(port: &Port) -> Self {
+        let of = |protocol| [Direction::Egress, Direction::Ingress].map(|opener| policy::tracks_all(port, opener, protocol));
+        Self { tcp: of(headers::TCP), udp: of(headers::UDP_PROTOCOL) }
+    }
+
+    fn covers(self, opener: Direction, protocol: u8) -> bool {
+        let [egress, ingress] = match protocol {
+            headers::TCP => self.tcp,
+            headers::UDP_PROTOCOL => self.udp,
+            _ => return true,
+        };
+        if opener == Direction::Egress { egress } else { ingress }
+    }
 }
 
 impl Hot {
@@ -166,6 +191,7 @@ impl Hot {
             subnet: config.subnet,
             mtu: config.mtu,
             source_dest_check: config.source_dest_check,
+            tracked: Tracked::new(port),
             generation,
         }
     }

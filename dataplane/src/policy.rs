@@ -306,6 +306,17 @@ pub fn tracking(port: &Port, opener: Direction, ip: &Ipv4, transport: &Transport
     if for_everybody && !by_nat_gateway() { Tracking::Untracked } else { Tracking::Tracked }
 }
 
+/// Whether all that [`tracking`] lets open a connection at `port`, with this protocol
+/// and in this direction, is tracked.
+#[must_use]
+pub fn tracks_all(port: &Port, opener: Direction, protocol: u8) -> bool {
+    let (there, back) = match opener {
+        Direction::Egress => (&port.egress, &port.ingress),
+        Direction::Ingress => (&port.ingress, &port.egress),
+    };
+    !(back.allows_all(protocol) && there.knows_anybody(protocol))
+}
+
 /// Decides on a packet of a connection that is open already, from the guest.
 ///
 /// # Errors

@@ -68,6 +68,12 @@ impl RuleSet {
         self.anybody.allows(Ipv4Addr::UNSPECIFIED, ip, transport)
     }
 
+    /// Whether there is any such rule for the protocol.
+    #[must_use]
+    pub fn knows_anybody(&self, protocol: u8) -> bool {
+        [None, Some(protocol)].iter().any(|protocol| self.anybody.lengths.contains_key(protocol))
+    }
+
     /// Whether answers to anybody pass on any port: some rule lets a whole protocol,
     /// TCP or UDP, through to any address.
     #[must_use]

@@ -32,6 +32,8 @@ const PORT_FLOWS: (u32, usize) = (1 << 17, 2);
 const PORT_EMBRYONIC: (u32, usize) = (1 << 15, 8);
 /// Groups looked into for an entry to evict.
 const EVICT_GROUPS: usize = 8;
+/// Entries that one port may have evicted in a millisecond for new ones of its own.
+const PORT_EVICTIONS_PER_MS: u32 = 16;
 /// Entries that one call of [`FlowTable::sweep`] looks at.
 const SWEEP_ENTRIES: usize = 1 << 15;
 /// Calls that go over all of the table take this long, and are at least so many.
@@ -76,6 +78,7 @@ pub struct FlowTable {
     bound: usize,
     port_flows: u32,
     port_embryonic: u32,
+    port_evictions_per_ms: u32,
     draws: u64,
     cursor: usize,
     /// When nothing was found to evict for any port.
@@ -89,6 +92,8 @@ struct Usage {
     untracked: u32,
     /// When nothing was found to evict for this port.
     barren_ms: Option<u32>,
+    /// When entries were last evicted for this port, and how many in that millisecond.
+    evicted: (u32, u32),
 }
 
 impl FlowTable {
@@ -113,6 +118,7 @@ impl FlowTable {
             bound,
             port_flows: quota(PORT_FLOWS),
             port_embryonic: quota(PORT_EMBRYONIC),
+            port_evictions_per_ms: PORT_EVICTIONS_PER_MS,
             draws: state,
             cursor: 0,
             barren_ms: None,
@@ -149,16 +155,27 @@ impl FlowTable {
         }
     }
 
-    /// Where a connection is likely to be, by tags alone, with its entry under way; or
-    /// that which it will have when it is new.
+    /// Fetches the line that it reads if there is nothing in that one.
     #[inline]
-    pub(crate) fn candidate(&self, hash: u64) -> FlowId {
+    pub(crate) fn prefetch_second(&self, hash: u64) {
+        if let Some(tags) = self.tags.get(Place::new(hash, self.tags.len()).secondary) {
+            prefetch(tags);
+        }
+    }
+
+    /// Where a connection is likely to be, by tags alone, with its entry under way; or,
+    /// if it is `welcome`, that which it will have when it is new.
+    #[inline]
+    pub(crate) fn candidate(&self, hash: u64, welcome: bool) -> FlowId {
         let place = Place::new(hash, self.tags.len());
         let matching = |group: usize| self.tags.get(group).map_or(0, |tags| tags.matching(place.tag));
         let (mut group, mut ways) = (place.primary, matching(place.primary));
         if ways == 0 {
             (group, ways) = (place.secondary, matching(place.secondary));
             if ways == 0 {
+                if !welcome {
+                    return FlowId::NONE;
+                }
                 let vacant = self.tags.get(place.primary).map_or(0, |tags| tags.matching(0));
                 if let Some(entry) = self.entries.get(FlowId::new(place.primary, vacant.trailing_zeros() as usize).index()) {
                     prefetch(entry);
@@ -224,20 +241,41 @@ impl FlowTable {
         }
     }
 
+    /// Whether a port has its share of the table, and the time is not yet that some of
+    /// it makes room: a new connection would be refused. A flood costs no more than
+    /// this question then.
+    #[must_use]
+    #[inline]
+    pub fn refuses(&self, slot: Slot, now: Duration) -> bool {
+        self.usage.get(slot.0 as usize).is_some_and(|usage| self.is_at_share(usage) && self.is_spent(usage, milliseconds(now)))
+    }
+
+    /// Whether there was a search for room in this millisecond that found none, or
+    /// enough of them that did.
+    fn is_spent(&self, usage: &Usage, now_ms: u32) -> bool {
+        usage.barren_ms == Some(now_ms) || usage.evicted.0 == now_ms && usage.evicted.1 >= self.port_evictions_per_ms
+    }
+
+    #[inline]
+    fn is_at_share(&self, usage: &Usage) -> bool {
+        usage.flows >= self.port_flows || usage.embryonic >= self.port_embryonic
+    }
+
     /// Stores a new connection, in place of one that has the same key.
     ///
     /// # Errors
     /// [`DropReason::ConntrackAllowance`] when neither the port's share nor the
-    /// table has room and nothing may be evicted.
+    /// table has room and nothing may be evicted now.
     pub fn insert(&mut self, now: Duration, mut flow: Flow) -> Result<FlowId, DropReason> {
         let hash = self.hash(&flow.key);
-        if let Some(same) = self.find(hash, &flow.key) {
-            self.remove(same);
-        }
         let (slot, now_ms) = (flow.key.slot(), milliseconds(now));
         let place = Place::new(hash, self.tags.len());
         let usage = self.usage(slot);
-        if usage.flows >= self.port_flows || usage.embryonic >= self.port_embryonic {
+        if let Some(same) = self.find(hash, &flow.key) {
+            // That is room enough. Were it refused, whoever floods a port could end
+            // the connections of others at it.
+            self.remove(same);
+        } else if self.is_at_share(&usage) {
             self.evict(now_ms, place.primary, Some(slot))?;
         } else if self.len >= self.bound {
             self.evict(now_ms, place.primary, None)?;
@@ -346,6 +384,12 @@ impl FlowTable {
         self.len == 0
     }
 
+    /// Makes the shares of ports small.
+    #[cfg(test)]
+    pub(crate) fn set_shares(&mut self, flows: u32, embryonic: u32, evictions_per_ms: u32) {
+        (self.port_flows, self.port_embryonic, self.port_evictions_per_ms) = (flows, embryonic, evictions_per_ms);
+    }
+
     /// Every entry, in the order of the table.
     #[cfg(test)]
     pub(crate) fn all(&self) -> Vec<Flow> {
@@ -370,12 +414,13 @@ impl FlowTable {
     /// of one port or of any. Where to look is drawn by the hash of the new one, and then by lot,
     /// so that a flood cannot push out only the others'.
     fn evict(&mut self, now_ms: u32, start: usize, slot: Option<Slot>) -> Result<(), DropReason> {
-        // Among the established a vain search is long: one a millisecond is enough.
-        let barren_ms = match slot {
-            Some(slot) => self.usage(slot).barren_ms,
-            None => self.barren_ms,
+        // Among the established a vain search is long: one a millisecond is enough. And
+        // who floods a port gets a small part of the worker's time, not all of it.
+        let spent = match slot {
+            Some(slot) => self.usage.get(slot.0 as usize).is_some_and(|usage| self.is_spent(usage, now_ms)),
+            None => self.barren_ms == Some(now_ms),
         };
-        if barren_ms == Some(now_ms) {
+        if spent {
             return Err(DropReason::ConntrackAllowance);
         }
         let mut group = start;
@@ -387,6 +432,10 @@ impl FlowTable {
             });
             if let Some(id) = candidate {
                 self.remove(id);
+                if let Some(usage) = slot.and_then(|slot| self.usage.get_mut(slot.0 as usize)) {
+                    let before = if usage.evicted.0 == now_ms { usage.evicted.1 } else { 0 };
+                    usage.evicted = (now_ms, before + 1);
+                }
                 return Ok(());
             }
             group = reduce(super::halves(split_mix(&mut self.draws)).0, self.tags.len());

@@ -107,10 +107,26 @@ fn a_full_table_evicts_the_embryonic_and_never_the_established() {
 #[test]
 fn a_flood_at_one_port_leaves_room_for_the_others() {
     let mut table = FlowTable::new(FLOWS_MAX, 42);
-    for n in 0..FLOWS_MAX as u32 {
+    for n in 0..1 << 15 {
         open(&mut table, key(1, n)).unwrap();
     }
-    assert_eq!(table.len(), 1 << 15);
+    // Each millisecond some of the flood make room for others of it.
+    for ms in 1..1000u32 {
+        let now = Duration::from_millis(ms.into());
+        let passed = (0..200).filter(|n| {
+            let refused = table.refuses(Slot(1), now);
+            let flow = Flow::new(key(1, (1 << 15) + ms * 200 + n), Direction::Egress);
+            let result = table.insert(now, flow);
+            assert_eq!(result.is_err(), refused, "the question and the answer agree");
+            assert!(matches!(result, Ok(_) | Err(DropReason::ConntrackAllowance)));
+            result.is_ok()
+        });
+        assert_eq!((passed.count(), table.len()), (16, 1 << 15));
+    }
+    let now = Duration::from_millis(999);
+    assert!(table.refuses(Slot(1), now) && !table.refuses(Slot(2), now));
+    let known = key(1, (1 << 15) + 999 * 200);
+    table.insert(now, Flow::new(known, Direction::Ingress)).expect("one in place of itself needs no room");
     open(&mut table, key(2, 1)).unwrap();
     table.remove_port(Slot(1));
     assert_eq!(table.len(), 1);

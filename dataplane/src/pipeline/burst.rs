@@ -24,7 +24,7 @@ use std::vec::Drain;
 use super::{Device, Hot, Pipeline, PortState, Turn};
 use crate::action::Output;
 use crate::arp::Neighbours;
-use crate::counters::Frames;
+use crate::counters::{DropReason, Frames};
 use crate::flow::{Direction, FlowId, Key, Slot, milliseconds};
 use crate::headers::{self, ETHERNET, IPV4, UDP, read};
 use crate::hop::{HEADER, Hop, OUTER};
@@ -46,6 +46,9 @@ const WIRE: usize = OUTER + FRAME;
 pub(super) struct Fast {
     enabled: bool,
     ports: PortMemo,
+    /// Whether the last burst from the wire held packets that were refused. Then most of
+    /// the next ones will not be found either, and want no room.
+    flooded: bool,
     /// Number of the burst; 0 is none.
     burst: u32,
     /// Cards that this burst sent to.
@@ -68,6 +71,8 @@ struct Lane {
     /// Bytes of IP.
     bytes: u16,
     ttl: u8,
+    /// Only of a packet from the wire.
+    protocol: u8,
 }
 
 /// A plain IPv4 packet.
@@ -86,6 +91,7 @@ impl Fast {
         Self {
             enabled,
             ports: PortMemo::default(),
+            flooded: false,
             burst: 0,
             used: Vec::with_capacity(VECTOR),
             #[cfg(test)]
@@ -139,7 +145,7 @@ impl Pipeline {
                 }
             }
             let count = rest.as_slice().len().min(VECTOR);
-            self.find_candidates(&mut lanes, count);
+            self.find_candidates(&mut lanes, count, true);
             let mut lanes = lanes.iter().take(count);
             // Hits in a row have all that they need at hand; a miss may change any of it.
             while let Some(missed) = self.encapsulate(hot.generation, now_ms, &mut received, &mut turn.out.underlay, &mut lanes, &mut rest)
@@ -158,6 +164,7 @@ impl Pipeline {
         let now_ms = milliseconds(turn.now);
         let expected = Expected::new(&self.settings.underlay);
         let mut received = Frames::default();
+        let (flooded, mut refused) = (std::mem::take(&mut self.fast.flooded), (Slot(0), 0));
         let mut rest = packets.drain(..);
         while !rest.as_slice().is_empty() {
             let mut lanes = [Lane::NONE; VECTOR];
@@ -165,28 +172,47 @@ impl Pipeline {
                 if let Some((vtep, vni, mac, plain)) = plain_from_wire(packet, &expected)
                     && let Some(slot) = self.port_behind(vni, mac)
                 {
-                    (lane.slot, lane.vtep, lane.bytes) = (slot, vtep, plain.bytes);
+                    (lane.slot, lane.vtep, lane.bytes, lane.protocol) = (slot, vtep, plain.bytes, plain.protocol);
                     lane.key = Key::plain(slot, plain.protocol, plain.destination, plain.source, plain.ports.rotate_left(16));
                     lane.hash = self.flows.hash(&lane.key);
                     self.flows.prefetch(lane.hash);
+                    if flooded {
+                        self.flows.prefetch_second(lane.hash);
+                    }
                 }
             }
             let count = rest.as_slice().len().min(VECTOR);
-            self.find_candidates(&mut lanes, count);
+            self.find_candidates(&mut lanes, count, !flooded);
             let mut lanes = lanes.iter().take(count);
-            while let Some(missed) = self.decapsulate(now_ms, &mut received, turn.out, &mut lanes, &mut rest) {
-                self.run(turn, Device::Underlay, None, missed);
+            // Until something is opened, what the tags said of a new connection holds.
+            let mut opened = false;
+            while let Some((lane, missed)) = self.decapsulate(now_ms, &mut received, turn.out, &mut lanes, &mut rest) {
+                if self.is_refused(turn.now, lane, opened) {
+                    if refused.0 != lane.slot {
+                        self.count_drops(Some(refused.0), DropReason::ConntrackAllowance, refused.1);
+                        refused = (lane.slot, 0);
+                    }
+                    refused.1 += 1;
+                    self.fast.flooded = true;
+                    received.add(missed.len());
+                    turn.pool.put(missed);
+                } else {
+                    self.run(turn, Device::Underlay, None, missed);
+                    opened = true;
+                }
             }
         }
+        self.count_drops(Some(refused.0), DropReason::ConntrackAllowance, refused.1);
         self.board.underlay.received(received);
         self.fast.count(received);
     }
 
-    /// Second pass: compares tags and asks for entries.
+    /// Second pass: compares tags and asks for entries; also for those that new
+    /// connections would have, if these are welcome.
     #[inline]
-    fn find_candidates(&self, lanes: &mut [Lane; VECTOR], count: usize) {
+    fn find_candidates(&self, lanes: &mut [Lane; VECTOR], count: usize, welcome: bool) {
         for lane in lanes.iter_mut().take(count).filter(|lane| lane.bytes != 0) {
-            lane.flow = self.flows.candidate(lane.hash);
+            lane.flow = self.flows.candidate(lane.hash, welcome);
         }
     }
 
@@ -237,6 +263,18 @@ impl Pipeline {
         None
     }
 
+    /// Whether `run` would find no flow for a plain packet of another card, and would not
+    /// hear it because its port is flooded. A flood has to cost less than what it floods.
+    #[inline]
+    fn is_refused(&self, now: Duration, lane: &Lane, opened: bool) -> bool {
+        lane.bytes != 0
+            && lane.flow == FlowId::NONE
+            && self.port(lane.slot).is_some_and(|state| {
+                self.is_flooded(now, lane.slot, &state.hot, Direction::Ingress, lane.protocol)
+                    && !(opened && self.flows.find(lane.hash, &lane.key).is_some())
+            })
+    }
+
     /// Makes packets of other cards those of guests as their flows say, likewise.
     #[inline]
     fn decapsulate<'a>(
@@ -246,7 +284,7 @@ impl Pipeline {
         out: &mut Output,
         lanes: &mut impl Iterator<Item = &'a Lane>,
         packets: &mut Drain<'_, Packet>,
-    ) -> Option<Packet> {
+    ) -> Option<(&'a Lane, Packet)> {
         let mut sent = (Slot(0), Frames::default());
         let mut missed = None;
         let (flows, _) = self.flows.parts();
@@ -258,11 +296,11 @@ impl Pipeline {
                 Some((state, flow.hit_ingress(&lane.key, state.hot.generation, lane.vtep)?, flow))
             });
             let Some((state, source, flow)) = hit else {
-                missed = Some(packet);
+                missed = Some((lane, packet));
                 break;
             };
             if !packet.reframe(packet.headroom() + OUTER, ETHERNET + usize::from(lane.bytes)) {
-                missed = Some(packet);
+                missed = Some((lane, packet));
                 break;
             }
             flow.count(now_ms, Direction::Ingress, lane.bytes);
@@ -298,7 +336,7 @@ impl Pipeline {
 }
 
 impl Lane {
-    const NONE: Self = Self { key: Key::NONE, hash: 0, flow: FlowId::NONE, slot: Slot(0), vtep: 0, bytes: 0, ttl: 0 };
+    const NONE: Self = Self { key: Key::NONE, hash: 0, flow: FlowId::NONE, slot: Slot(0), vtep: 0, bytes: 0, ttl: 0, protocol: 0 };
 }
 
 /// Builds the header of a hop anew, if the MAC of its card is known.

@@ -61,10 +61,11 @@ impl Pipeline {
         let (egress, entropy) = match subject {
             Subject::Whole(key, transport) => {
                 let hash = self.flows.hash(&key);
-                let known = self
-                    .flows
-                    .find(hash, &key)
-                    .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Egress, &transport)));
+                let found = self.flows.find(hash, &key);
+                if found.is_none() && self.is_flooded(turn.now, slot, &hot, Direction::Egress, ip.protocol) {
+                    return Err(DropReason::ConntrackAllowance);
+                }
+                let known = found.filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Egress, &transport)));
                 let (id, egress) = match known {
                     Some(id) => (Some(id), self.egress_of(slot, &hot, id, &ip, Some(&transport))?),
                     None => self.open_egress(turn, slot, &hot, key, &ip, &transport)?,

@@ -26,10 +26,11 @@ impl Pipeline {
         };
         let source_mac = match subject {
             Subject::Whole(key, transport) => {
-                let known = self
-                    .flows
-                    .find(self.flows.hash(&key), &key)
-                    .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Ingress, &transport)));
+                let found = self.flows.find(self.flows.hash(&key), &key);
+                if found.is_none() && self.is_flooded(turn.now, slot, &hot, Direction::Ingress, ip.protocol) {
+                    return Err(DropReason::ConntrackAllowance);
+                }
+                let known = found.filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Ingress, &transport)));
                 let (id, source_mac) = match known {
                     Some(id) => (Some(id), self.origin_check(slot, &hot, id, (&ip, Some(&transport)), (origin, sender))?),
                     None => self.open_ingress(turn, slot, &hot, key, (&ip, &transport), (origin, sender))?,

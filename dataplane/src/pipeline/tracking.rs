@@ -1,13 +1,22 @@
 //! What the security groups say of a flow: when it is opened, and of one that is
 //! not tracked again when its port changed.
 
-use super::{Pipeline, Turn};
+use std::time::Duration;
+
+use super::{Hot, Pipeline, Turn};
 use crate::counters::DropReason;
 use crate::flow::{Direction, Flow, FlowId, Key, Slot};
 use crate::headers::{Ipv4, Transport};
 use crate::policy::{self, Tracking};
 
 impl Pipeline {
+    /// Whether a packet of no known flow ends here unheard: its port is flooded with new
+    /// ones, and this one would be tracked. It may be that the rules, had they been
+    /// asked, would have refused it for their own reason.
+    pub(super) fn is_flooded(&self, now: Duration, slot: Slot, hot: &Hot, opener: Direction, protocol: u8) -> bool {
+        self.flows.refuses(slot, now) && hot.tracked.covers(opener, protocol)
+    }
+
     /// The flow that a packet opens.
     pub(super) fn open(&self, slot: Slot, key: Key, direction: Direction, ip: &Ipv4, transport: &Transport) -> Result<Flow, DropReason> {
         let port = &self.port(slot).ok_or(DropReason::UnknownPort)?.port;
