@@ -393,6 +393,26 @@ impl Region {
         (output.status.success(), String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
+    /// Runs a command in a guest that only another guest, `jump`, can reach.
+    #[must_use]
+    pub fn try_ssh_through(&self, jump: &Instance, instance: &Instance, command: &str) -> (bool, String) {
+        let key = self.dir.join("keys/rack");
+        let options = "-q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ConnectTimeout=5 -o BatchMode=yes";
+        let proxy = format!("ssh {options} -i {} -W %h:%p {}@{}", key.display(), jump.user, jump.public_address);
+        let output = Command::new("ip")
+            .args(["netns", "exec", self.ready["internet_namespace"].as_str().expect("namespace"), "ssh"])
+            .args(options.split(' '))
+            .arg("-i")
+            .arg(key)
+            .args(["-o", &format!("ProxyCommand={proxy}")])
+            .arg(format!("{}@{}", instance.user, instance.private_address))
+            .arg(command)
+            .stdin(Stdio::null())
+            .output()
+            .expect("ssh");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
     /// Runs a command in a guest that has to succeed.
     #[must_use]
     pub fn ssh(&self, instance: &Instance, command: &str) -> String {

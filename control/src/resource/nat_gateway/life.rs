@@ -1,7 +1,7 @@
 //! What the reconciler does with NAT gateways: placement, and the moves that follow from what cards report.
 //!
 //! A gateway keeps no state that outlives its connections, so it can begin anew on another card: it moves when its card was lost for
-//! good ([`abandon`]). The card that comes back is told to forget it, like everything that it should not hold.
+//! good (`abandon`). The card that comes back is told to forget it, like everything that it should not hold.
 
 use std::sync::Arc;
 
