@@ -5,9 +5,10 @@
 //!
 //! `io::rx_burst` → `worker::turn` → [`pipeline`](crate::pipeline) →
 //! [`headers`](crate::headers) → [`flow`](crate::flow) → [`action`](crate::action)
-//! (with [`vxlan`](crate::vxlan)) → `io::tx_burst`. On a flow miss `pipeline` asks
-//! [`policy`](crate::policy) (anti_spoof, security_group, acl, route, nat, in the
-//! order written there), stores the flow and goes on.
+//! (with [`vxlan`](crate::vxlan)) → `io::tx_burst`. Packets of known flows pass
+//! `pipeline/burst` together; all others pass one by one, and on a flow miss
+//! `pipeline` asks [`policy`](crate::policy) (anti_spoof, security_group, acl, route,
+//! nat, in the order written there), stores the flow and goes on.
 //!
 //! Nothing to do: the thread sleeps in one `ppoll` over all devices and its own
 //! eventfd, until a frame, a command or the next deadline. A device without a
