@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 
 use crate::PortId;
+use crate::counters::DropReason;
 use crate::flow::Slot;
 use crate::packet::{Packet, Pool};
 
@@ -41,6 +42,17 @@ pub enum Origin {
     Vtep(Ipv4Addr),
     /// The internet, or a guest of this card by its public address.
     Public,
+}
+
+/// A packet that died, kept for whoever captures.
+#[derive(Debug)]
+pub struct Dropped {
+    /// The port on whose account, if it belonged to one.
+    pub port: Option<PortId>,
+    /// Why.
+    pub reason: DropReason,
+    /// As it was then.
+    pub packet: Packet,
 }
 
 /// Finished packets of a turn, by device. The worker sends and empties it.

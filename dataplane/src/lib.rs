@@ -16,6 +16,7 @@
 pub mod action;
 pub mod anti_spoof;
 pub mod arp;
+pub mod capture;
 mod config;
 pub mod counters;
 pub mod dhcp;
