@@ -64,6 +64,10 @@ pub struct Output {
     pub public: Vec<Packet>,
     /// For the card's own services, with the port each came from.
     pub punted: Vec<(PortId, Packet)>,
+    /// What died, while [`Output::keep_dropped`] is set.
+    pub dropped: Vec<Dropped>,
+    /// Somebody captures: packets that die are kept instead of freed.
+    pub keep_dropped: bool,
     ports: Vec<(PortId, Vec<Packet>)>,
     touched: Vec<Slot>,
 }
@@ -81,6 +85,15 @@ impl Output {
                 self.touched.push(slot);
             }
             packets.push(packet);
+        }
+    }
+
+    /// Takes a packet that died.
+    pub fn drop(&mut self, pool: &mut Pool, port: Option<PortId>, reason: DropReason, packet: Packet) {
+        if self.keep_dropped {
+            self.dropped.push(Dropped { port, reason, packet });
+        } else {
+            pool.put(packet);
         }
     }
 

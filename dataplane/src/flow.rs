@@ -93,14 +93,33 @@ impl Key {
         }
     }
 
-    fn slot(self) -> Slot {
+    /// The port.
+    #[must_use]
+    pub fn slot(self) -> Slot {
         // 24 bits are left after the shift.
         Slot(u32::try_from(self.high >> 40).unwrap_or(u32::MAX))
     }
 
-    fn protocol(self) -> u8 {
+    /// The protocol number.
+    #[must_use]
+    pub fn protocol(self) -> u8 {
         let [_, _, _, protocol, ..] = self.high.to_be_bytes();
         protocol
+    }
+
+    /// Address and port, or identifier, of the port's side.
+    #[must_use]
+    pub fn local(self) -> (Ipv4Addr, u16) {
+        let [_, _, _, _, a, b, c, d] = self.high.to_be_bytes();
+        let [_, _, _, _, p, q, _, _] = self.low.to_be_bytes();
+        (Ipv4Addr::new(a, b, c, d), u16::from_be_bytes([p, q]))
+    }
+
+    /// Address and port of the other side.
+    #[must_use]
+    pub fn remote(self) -> (Ipv4Addr, u16) {
+        let [a, b, c, d, _, _, p, q] = self.low.to_be_bytes();
+        (Ipv4Addr::new(a, b, c, d), u16::from_be_bytes([p, q]))
     }
 }
 
@@ -159,6 +178,30 @@ impl Flow {
             ingress: (UNDECIDED, Origin::Local),
             source_mac: Mac::BROADCAST,
         }
+    }
+
+    /// Whose it is.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        self.key
+    }
+
+    /// Which side opened it.
+    #[must_use]
+    pub fn opener(&self) -> Direction {
+        self.opener
+    }
+
+    /// For how long no packet of it passed.
+    #[must_use]
+    pub fn idle(&self, now: Duration) -> Duration {
+        Duration::from_millis(milliseconds(now).wrapping_sub(self.last_seen_ms).into())
+    }
+
+    /// For how long none may pass before it is forgotten.
+    #[must_use]
+    pub fn idle_limit(&self) -> Duration {
+        Duration::from_millis(self.idle_limit_ms().into())
     }
 
     /// How far it has come.
@@ -398,6 +441,19 @@ impl FlowTable {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Looks at no more than `places` entries from `cursor` on, and shows those that
+    /// live and, with `slot`, belong to that port, until `show` says that it has
+    /// enough. Returns where to go on; `None` at the end of the table.
+    pub fn visit(&self, cursor: usize, places: usize, slot: Option<Slot>, mut show: impl FnMut(&Flow) -> bool) -> Option<usize> {
+        let end = cursor.saturating_add(places).min(self.flows.len());
+        for (index, flow) in self.flows.iter().enumerate().take(end).skip(cursor) {
+            if flow.live && slot.is_none_or(|slot| flow.key.slot() == slot) && !show(flow) {
+                return Some(index + 1);
+            }
+        }
+        (end < self.flows.len()).then_some(end)
     }
 
     fn remove_where(&mut self, range: std::ops::Range<usize>, condition: impl Fn(&Flow) -> bool) {

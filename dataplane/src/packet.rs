@@ -95,6 +95,20 @@ impl Packet {
         true
     }
 
+    /// Where the frame begins and ends in the buffer, for [`Packet::restore`].
+    #[must_use]
+    pub fn bounds(&self) -> (usize, usize) {
+        (self.start, self.end)
+    }
+
+    /// Makes the frame begin and end where it did before headers were taken off,
+    /// with whatever its bytes are now.
+    pub fn restore(&mut self, (start, end): (usize, usize)) {
+        if start <= end && end <= self.buffer.len() {
+            (self.start, self.end) = (start, end);
+        }
+    }
+
     /// Makes `frame` the content, behind a full headroom. Returns false and
     /// leaves the packet empty when it is longer than [`FRAME_MAX`].
     #[must_use]

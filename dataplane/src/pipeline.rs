@@ -22,10 +22,13 @@
 
 mod guest;
 mod ingress;
+mod inspect;
 mod wire;
 
 #[cfg(test)]
 mod tests;
+
+pub use inspect::{FlowPage, FlowSeen};
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -220,10 +223,7 @@ impl Pipeline {
     pub fn inject(&mut self, turn: &mut Turn<'_>, to: PortId, packet: Packet) {
         match self.by_id.get(&to) {
             Some(slot) => self.deliver(turn, *slot, packet),
-            None => {
-                self.count_drops(None, DropReason::UnknownPort, 1);
-                turn.pool.put(packet);
-            }
+            None => self.drop(turn, None, DropReason::UnknownPort, packet),
         }
     }
 
@@ -268,6 +268,7 @@ impl Pipeline {
     }
 
     fn run(&mut self, turn: &mut Turn<'_>, from: Device, mut at: Option<Slot>, mut packet: Packet) {
+        let received = packet.bounds();
         let mut next = match from {
             Device::Port(_) => match at {
                 Some(slot) => self.guest_in(turn, slot, &mut packet),
@@ -293,11 +294,21 @@ impl Pipeline {
                 }
                 Ok(Next::Done) => return turn.pool.put(packet),
                 Err(reason) => {
-                    self.count_drops(at, reason, 1);
-                    return turn.pool.put(packet);
+                    if at.is_none() {
+                        // It belongs to nobody yet, so whoever captures sees it as it came.
+                        packet.restore(received);
+                    }
+                    return self.drop(turn, at, reason, packet);
                 }
             };
         }
+    }
+
+    /// Counts a packet that died, and frees it unless somebody wants to see it.
+    fn drop(&self, turn: &mut Turn<'_>, at: Option<Slot>, reason: DropReason, packet: Packet) {
+        self.count_drops(at, reason, 1);
+        let port = at.and_then(|slot| self.port(slot)).map(|state| state.hot.id);
+        turn.out.drop(turn.pool, port, reason, packet);
     }
 
     fn deliver(&mut self, turn: &mut Turn<'_>, slot: Slot, packet: Packet) {
@@ -318,15 +329,13 @@ impl Pipeline {
                 self.count_drops(at, reason, 1);
             }
         } else {
-            self.count_drops(at, DropReason::TooLong, 1);
-            turn.pool.put(packet);
+            self.drop(turn, at, DropReason::TooLong, packet);
         }
     }
 
     fn send_public(&mut self, turn: &mut Turn<'_>, at: Option<Slot>, packet: Packet, hop: Ipv4Addr, sender: Ipv4Addr) {
         let Some(neighbours) = &mut self.public else {
-            self.count_drops(at, DropReason::NoPublicSide, 1);
-            return turn.pool.put(packet);
+            return self.drop(turn, at, DropReason::NoPublicSide, packet);
         };
         let (now, out) = (turn.now, &mut turn.out.public);
         let mut refused = 0;

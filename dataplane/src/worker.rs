@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::action::Output;
+use crate::capture::{self, Taps, Way};
 use crate::counters::{Board, Counters, DropReason};
 use crate::io::wait::Waiter;
 use crate::io::{BURST, PacketIo};
@@ -72,6 +73,8 @@ pub struct Dataplane {
     wake: Arc<OwnedFd>,
     board: Arc<Board>,
     tables: Mutex<Arc<Tables>>,
+    started: Instant,
+    captures: AtomicU64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -79,7 +82,28 @@ enum Command {
     Apply(Arc<Tables>),
     Attach(Device, Box<dyn PacketIo>),
     Detach(Device),
+    CaptureBegin(capture::Begin),
+    CaptureEnd(u64),
+    Ask(Question),
     Stop,
+}
+
+/// A look at the tables between two bursts; by its type it changes nothing.
+type Question = Box<dyn FnOnce(&Pipeline, Duration) + Send>;
+
+/// A running capture. Dropping it ends it.
+#[derive(Debug)]
+pub struct Capture<'a> {
+    /// Its frames and its losses.
+    pub tapped: capture::Tapped,
+    dataplane: &'a Dataplane,
+    id: u64,
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        self.dataplane.command(Command::CaptureEnd(self.id));
+    }
 }
 
 impl Dataplane {
@@ -94,8 +118,11 @@ impl Dataplane {
         let (commands, receiver) = crossbeam_channel::unbounded();
         let (injected, to_inject) = crossbeam_channel::bounded(SERVICE_QUEUE);
         let (punt, punted) = crossbeam_channel::bounded(SERVICE_QUEUE);
+        let underlay_settings = settings.underlay;
         let pipeline = Pipeline::new(settings);
         let board = Arc::clone(pipeline.board());
+        let started = Instant::now();
+        let taps = Taps::new(underlay_settings);
         let mut devices = BTreeMap::new();
         devices.extend(underlay.map(|io| (Device::Underlay, Attached::new(io))));
         devices.extend(public.map(|io| (Device::Public, Attached::new(io))));
@@ -110,10 +137,12 @@ impl Dataplane {
             to_inject,
             punt,
             wake: Arc::clone(&wake),
-            started: Instant::now(),
+            started,
+            taps,
         };
         let thread = std::thread::Builder::new().name("dataplane".to_owned()).spawn(move || worker.run()).map_err(StartError::Thread)?;
-        Ok(Self { commands, injected, punted, wake, board, tables: Mutex::default(), thread: Some(thread) })
+        let (tables, captures) = (Mutex::default(), AtomicU64::new(0));
+        Ok(Self { commands, injected, punted, wake, board, tables, started, captures, thread: Some(thread) })
     }
 
     /// Makes `snapshot` the configuration, from the worker's next turn on. It is
@@ -153,6 +182,30 @@ impl Dataplane {
         self.wake();
     }
 
+    /// When the data plane started: the moment that [`capture::Frame::at`] counts from.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Begins to copy frames, from the worker's next turn on.
+    #[must_use]
+    pub fn capture(&self, request: capture::Request) -> Capture<'_> {
+        let id = self.captures.fetch_add(1, Ordering::Relaxed);
+        let (begin, tapped) = capture::begin(id, request);
+        self.command(Command::CaptureBegin(begin));
+        Capture { tapped, dataplane: self, id }
+    }
+
+    /// Looks at the tables between two bursts. A question is to be short: packets
+    /// wait meanwhile. The answer does not come when the data plane stops before.
+    pub fn ask<T: Send + 'static>(&self, question: impl FnOnce(&Pipeline, Duration) -> T + Send + 'static) -> Receiver<T> {
+        let (sender, answer) = crossbeam_channel::bounded(1);
+        // Whoever asked may have lost interest.
+        self.command(Command::Ask(Box::new(move |pipeline, now| drop(sender.send(question(pipeline, now))))));
+        answer
+    }
+
     /// A reading of all counters.
     #[must_use]
     pub fn counters(&self) -> Counters {
@@ -187,6 +240,9 @@ impl std::fmt::Debug for Command {
             Command::Apply(_) => "Apply",
             Command::Attach(..) => "Attach",
             Command::Detach(_) => "Detach",
+            Command::CaptureBegin(_) => "CaptureBegin",
+            Command::CaptureEnd(_) => "CaptureEnd",
+            Command::Ask(_) => "Ask",
             Command::Stop => "Stop",
         })
     }
@@ -235,6 +291,7 @@ struct Worker {
     punt: Sender<(PortId, Packet)>,
     wake: Arc<OwnedFd>,
     started: Instant,
+    taps: Taps,
 }
 
 impl Worker {
@@ -248,6 +305,7 @@ impl Worker {
     /// One burst from every device that may have one, through the pipeline and out.
     fn turn(&mut self) {
         let now = self.started.elapsed();
+        self.out.keep_dropped = self.taps.are_on();
         let mut turn = Turn { now, pool: &mut self.pool, out: &mut self.out };
         if self.pipeline.due().is_some_and(|due| due <= now) {
             self.pipeline.tick(&mut turn);
@@ -263,15 +321,25 @@ impl Worker {
             } else {
                 device.active = now;
                 device.pause = PAUSE_MIN;
+                if self.taps.are_on() {
+                    self.taps.see(now, *name, Way::In, &self.burst);
+                }
                 self.pipeline.turn(&mut turn, *name, &mut self.burst);
             }
         }
-        self.send();
+        self.send(now);
     }
 
-    fn send(&mut self) {
-        let Self { pipeline, devices, pool, out, punt, .. } = self;
+    fn send(&mut self, now: Duration) {
+        let Self { pipeline, devices, pool, out, punt, taps, .. } = self;
+        if !out.dropped.is_empty() {
+            taps.see_dropped(now, &out.dropped);
+            out.dropped.drain(..).for_each(|dropped| pool.put(dropped.packet));
+        }
         let mut send = |pool: &mut Pool, name: Device, packets: &mut Vec<Packet>| {
+            if taps.are_on() {
+                taps.see(now, name, Way::Out, packets);
+            }
             let (lost, reason) = match devices.get_mut(&name) {
                 _ if packets.is_empty() => return,
                 Some(device) => (device.io.tx_burst(pool, packets), DropReason::DeviceFull),
@@ -331,6 +399,9 @@ impl Worker {
                 Ok(Command::Detach(name)) => {
                     self.devices.remove(&name);
                 }
+                Ok(Command::CaptureBegin(begin)) => self.taps.begin(begin),
+                Ok(Command::CaptureEnd(id)) => self.taps.end(id),
+                Ok(Command::Ask(question)) => question(&self.pipeline, self.started.elapsed()),
                 Ok(Command::Stop) => return false,
                 Err(_) => break,
             }

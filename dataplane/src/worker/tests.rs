@@ -207,3 +207,25 @@ fn a_polled_device_is_served_and_closed_with_the_data_plane() {
     drop(dataplane);
     assert!(closed.load(Ordering::SeqCst));
 }
+
+#[test]
+fn a_capture_sees_a_frame_on_both_sides_of_the_card_and_where_it_dies() {
+    let (cards, guests) = two_cards();
+    exchange(&guests[0], &guests[2], &to_guest(5, 7));
+    let request = |filter| capture::Request {
+        filter: capture::filter::Filter::parse(filter).unwrap(),
+        snap_length: 9216,
+        ..capture::Request::default()
+    };
+    let all = cards[0].capture(request("proto 99"));
+    let dead = cards[0].capture(capture::Request { count: Some(1), ..request("dropped") });
+    assert!(guests[0].send(&to_guest(5, 7)));
+    let frames: Vec<_> = (0..2).map(|_| all.tapped.frames.recv_timeout(WAIT).unwrap()).collect();
+    let seen: Vec<_> = frames.iter().map(|frame| (frame.point, frame.way, frame.length)).collect();
+    assert_eq!(seen, [(capture::Point::Guest(PortId(5)), Way::In, 54), (capture::Point::Underlay, Way::Out, 54 + 50)]);
+    assert_eq!(frames[0].bytes, to_guest(5, 7));
+    assert!(guests[0].send(&to_guest(6, 7)), "somebody else's MAC");
+    let frame = dead.tapped.frames.recv_timeout(WAIT).unwrap();
+    assert_eq!((frame.point, frame.dropped), (capture::Point::Drop(Some(PortId(5))), Some(DropReason::SpoofedMac)));
+    assert!(dead.tapped.frames.recv_timeout(WAIT).is_err(), "it ends by itself after one frame");
+}

@@ -4,7 +4,7 @@
 //! from card to thin host, [`mailbox`] the shared-memory link that carries
 //! the latter. Nothing here decides anything.
 
-/// Control to card: gRPC messages, client and server (`proto/card.proto`).
+/// Control to card: gRPC messages, clients and servers (`proto/card.proto`, `proto/packets.proto`).
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod card {
     tonic::include_proto!("cardinal.card.v1");
