@@ -20,6 +20,7 @@ pub mod capture;
 mod config;
 pub mod counters;
 pub mod dhcp;
+pub mod explain;
 pub mod flow;
 pub mod fragment;
 pub mod headers;

@@ -13,7 +13,8 @@ use foldhash::fast::FixedState;
 
 use crate::action::Egress;
 use crate::counters::DropReason;
-use crate::flow::Slot;
+use crate::explain::{Seen, Witness};
+use crate::flow::{Direction, Slot};
 use crate::headers::{Ipv4, Transport};
 use crate::route::{self, Target};
 use crate::{GroupId, Mac, NetworkConfig, PortConfig, Snapshot, Vni, security_group};
@@ -121,23 +122,30 @@ pub struct Locals {
 ///
 /// # Errors
 /// [`DropReason::DeniedEgress`] and those of [`next_hop`].
-pub fn egress(port: &Port, slot: Slot, ip: &Ipv4, transport: &Transport, locals: &Locals, card: Ipv4Addr) -> Result<Egress, DropReason> {
-    if !security_group::allows(&port.config.egress, &port.network, ip.destination, ip, transport) {
-        return Err(DropReason::DeniedEgress);
-    }
-    next_hop(port, slot, ip.destination, locals, card)
+pub fn egress(
+    port: &Port,
+    slot: Slot,
+    ip: &Ipv4,
+    transport: &Transport,
+    (locals, card): (&Locals, Ipv4Addr),
+    witness: &mut impl Witness,
+) -> Result<Egress, DropReason> {
+    let rules = &port.config.egress;
+    let matched = security_group::allowing(rules, &port.network, ip.destination, ip, transport);
+    witness.saw(Seen::Group { direction: Direction::Egress, rules: rules.len(), matched: matched.copied() });
+    matched.ok_or(DropReason::DeniedEgress)?;
+    next_hop(port, slot, ip.destination, (locals, card), witness)
 }
 
 /// Decides on a connection that somebody opens to the guest of `port`.
 ///
 /// # Errors
 /// [`DropReason::DeniedIngress`].
-pub fn ingress(port: &Port, ip: &Ipv4, transport: &Transport) -> Result<(), DropReason> {
-    if security_group::allows(&port.config.ingress, &port.network, ip.source, ip, transport) {
-        Ok(())
-    } else {
-        Err(DropReason::DeniedIngress)
-    }
+pub fn ingress(port: &Port, ip: &Ipv4, transport: &Transport, witness: &mut impl Witness) -> Result<(), DropReason> {
+    let rules = &port.config.ingress;
+    let matched = security_group::allowing(rules, &port.network, ip.source, ip, transport);
+    witness.saw(Seen::Group { direction: Direction::Ingress, rules: rules.len(), matched: matched.copied() });
+    matched.map(drop).ok_or(DropReason::DeniedIngress)
 }
 
 /// Where packets of `port` to `destination` go; `card` is this card's VTEP.
@@ -145,22 +153,30 @@ pub fn ingress(port: &Port, ip: &Ipv4, transport: &Transport) -> Result<(), Drop
 /// # Errors
 /// Those of [`route::lookup`], [`DropReason::NoMapping`] and
 /// [`DropReason::NoPublicAddress`].
-pub fn next_hop(port: &Port, slot: Slot, destination: Ipv4Addr, locals: &Locals, card: Ipv4Addr) -> Result<Egress, DropReason> {
+pub fn next_hop(
+    port: &Port,
+    slot: Slot,
+    destination: Ipv4Addr,
+    (locals, card): (&Locals, Ipv4Addr),
+    witness: &mut impl Witness,
+) -> Result<Egress, DropReason> {
     let config = &port.config;
-    match route::lookup(config, destination)? {
+    match route::lookup(config, destination, witness)? {
         Target::Internet => match config.public {
             Some(address) => Ok(Egress::Public { address }),
             None => Err(DropReason::NoPublicAddress),
         },
         Target::Vpc => {
             let routed = !config.subnet.contains(destination);
-            if let Some(to) = locals.by_address.get(&(config.vni, destination)) {
-                return if *to == slot { Err(DropReason::NoMapping) } else { Ok(Egress::Local { to: *to, routed }) };
-            }
-            match port.network.endpoint(destination) {
-                Some(Endpoint { mac, vtep }) if *vtep != card => Ok(Egress::Remote { vtep: *vtep, mac: *mac, routed }),
-                _ => Err(DropReason::NoMapping),
-            }
+            let way = match locals.by_address.get(&(config.vni, destination)) {
+                Some(to) => (*to != slot).then_some(Egress::Local { to: *to, routed }),
+                None => match port.network.endpoint(destination) {
+                    Some(Endpoint { mac, vtep }) if *vtep != card => Some(Egress::Remote { vtep: *vtep, mac: *mac, routed }),
+                    _ => None,
+                },
+            };
+            witness.saw(Seen::Mapping { address: destination, way });
+            way.ok_or(DropReason::NoMapping)
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::net::Ipv4Addr;
 
 use crate::counters::DropReason;
+use crate::explain::{Matched, Seen, Witness};
 use crate::{PortConfig, RouteTarget};
 
 /// Where a destination lies.
@@ -19,12 +20,15 @@ pub enum Target {
 ///
 /// # Errors
 /// [`DropReason::NoRoute`], [`DropReason::Blackhole`].
-pub fn lookup(port: &PortConfig, destination: Ipv4Addr) -> Result<Target, DropReason> {
-    if port.vpc_prefixes.iter().chain([&port.subnet]).any(|prefix| prefix.contains(destination)) {
+pub fn lookup(port: &PortConfig, destination: Ipv4Addr, witness: &mut impl Witness) -> Result<Target, DropReason> {
+    if let Some(prefix) = port.vpc_prefixes.iter().chain([&port.subnet]).find(|prefix| prefix.contains(destination)) {
+        witness.saw(Seen::Route { matched: Some(Matched { prefix: *prefix, target: None }) });
         return Ok(Target::Vpc);
     }
-    let route = port.routes.iter().filter(|route| route.destination.contains(destination));
-    match route.max_by_key(|route| route.destination.length).map(|route| route.target) {
+    let routes = port.routes.iter().filter(|route| route.destination.contains(destination));
+    let route = routes.max_by_key(|route| route.destination.length);
+    witness.saw(Seen::Route { matched: route.map(|route| Matched { prefix: route.destination, target: Some(route.target) }) });
+    match route.map(|route| route.target) {
         Some(RouteTarget::InternetGateway) => Ok(Target::Internet),
         Some(RouteTarget::Blackhole) => Err(DropReason::Blackhole),
         None => Err(DropReason::NoRoute),

@@ -9,10 +9,10 @@ use crate::headers::{self, Ipv4, Transport};
 use crate::policy::Network;
 use crate::{Protocol, Remote, Rule};
 
-/// Whether any of `rules` lets `remote` open the connection that this packet begins.
+/// The rule that lets `remote` open the connection that this packet begins, if any does.
 #[must_use]
-pub fn allows(rules: &[Rule], network: &Network, remote: Ipv4Addr, ip: &Ipv4, transport: &Transport) -> bool {
-    rules.iter().any(|rule| {
+pub fn allowing<'a>(rules: &'a [Rule], network: &Network, remote: Ipv4Addr, ip: &Ipv4, transport: &Transport) -> Option<&'a Rule> {
+    rules.iter().find(|rule| {
         covers(rule, ip.protocol, transport)
             && match rule.remote {
                 Remote::Prefix(prefix) => prefix.contains(remote),

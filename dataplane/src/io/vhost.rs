@@ -245,14 +245,13 @@ impl VhostControl {
     /// What happened so far.
     #[must_use]
     pub fn counters(&self) -> VhostCounters {
-        let rings = &self.shared.counters;
-        VhostCounters {
-            connections: self.shared.connections.load(Ordering::Relaxed),
-            malformed: rings.malformed.load(Ordering::Relaxed),
-            oversize: rings.oversize.load(Ordering::Relaxed),
-            no_buffer: rings.no_buffer.load(Ordering::Relaxed),
-            broken: rings.broken.load(Ordering::Relaxed),
-        }
+        self.shared.counters()
+    }
+
+    /// A reader of the counters that may be kept elsewhere.
+    pub fn meter(&self) -> impl Fn() -> VhostCounters + Send + Sync + use<> {
+        let shared = Arc::clone(&self.shared);
+        move || shared.counters()
     }
 
     fn close(&mut self) {
@@ -335,6 +334,17 @@ fn enable_early(shared: &Shared, stream: &mut UnixStream) -> ProtocolResult<bool
 }
 
 impl Shared {
+    fn counters(&self) -> VhostCounters {
+        let rings = &self.counters;
+        VhostCounters {
+            connections: self.connections.load(Ordering::Relaxed),
+            malformed: rings.malformed.load(Ordering::Relaxed),
+            oversize: rings.oversize.load(Ordering::Relaxed),
+            no_buffer: rings.no_buffer.load(Ordering::Relaxed),
+            broken: rings.broken.load(Ordering::Relaxed),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Device> {
         lock(&self.device)
     }

@@ -2,10 +2,12 @@
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Hot, METADATA, Next, PUBLIC_MTU, Pipeline, ROUTER_MAC, Turn};
 use crate::action::{Egress, Origin};
 use crate::counters::DropReason;
+use crate::explain::{Seen, Service, Witness};
 use crate::flow::{Direction, Flow, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ethernet, Ipv4, Transport, UDP};
 use crate::icmp::Error;
@@ -20,6 +22,30 @@ pub(super) enum Subject {
     Fragment(Key),
     /// An ICMP error about a packet of a tracked flow.
     Related(Key),
+}
+
+/// What was decided for a packet, before anything is changed for it.
+pub(super) enum Judged<D> {
+    /// It goes on with a flow.
+    Known(FlowId, D),
+    /// It opens one.
+    Open(D),
+}
+
+/// What a guest's packet is for.
+pub(super) enum Errand {
+    /// To be forwarded.
+    Forward,
+    /// The card answers.
+    Service(Service),
+}
+
+/// Where a packet for a public address goes.
+pub(super) enum PublicWay {
+    /// To a port of this card, which has the address.
+    Hairpin(Slot),
+    /// To this neighbour on the public wire, where the card has this MAC.
+    Wire { hop: Ipv4Addr, mac: crate::Mac },
 }
 
 impl Pipeline {
@@ -49,13 +75,13 @@ impl Pipeline {
         let (egress, entropy) = match subject {
             Subject::Whole(key, transport) => {
                 let hash = self.flows.hash(&key);
-                let known = self
-                    .flows
-                    .find(hash, &key)
-                    .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Egress, &transport)));
-                let (id, egress) = match known {
-                    Some(id) => (id, self.egress_of(slot, &hot, id, &ip)?),
-                    None => self.open_egress(turn, slot, &hot, key, &ip, &transport)?,
+                let (id, egress) = match self.judge_egress(turn.now, (slot, &hot), (hash, &key), &ip, &transport, &mut ())? {
+                    Judged::Known(id, egress) => (id, self.keep_egress(&hot, id, egress)),
+                    Judged::Open(egress) => {
+                        let mut flow = Flow::new(key, Direction::Egress);
+                        flow.egress = (hot.generation, egress);
+                        (self.flows.insert(turn.now, flow)?, egress)
+                    }
                 };
                 self.flows.observe(id, turn.now, Direction::Egress, &transport);
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Egress, &ip, key) {
@@ -66,9 +92,10 @@ impl Pipeline {
             Subject::Fragment(key) => {
                 let hash = self.flows.hash(&key);
                 let id = self.flows.find(hash, &key).ok_or(DropReason::FragmentUnknown)?;
-                (self.egress_of(slot, &hot, id, &ip)?, hash)
+                let egress = self.egress_of(slot, &hot, id, &ip, &mut ())?;
+                (self.keep_egress(&hot, id, egress), hash)
             }
-            Subject::Related(key) => (self.next_hop(slot, ip.destination)?, self.flows.hash(&key)),
+            Subject::Related(key) => (self.next_hop(slot, ip.destination, &mut ())?, self.flows.hash(&key)),
         };
         self.forward(turn, slot, &ip, egress, entropy, packet)
     }
@@ -107,40 +134,63 @@ impl Pipeline {
         (same_ends && self.flows.find(self.flows.hash(&key), &key).is_some()).then_some(key)
     }
 
-    /// The decision of a flow, made again when the port has changed since.
-    fn egress_of(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4) -> Result<Egress, DropReason> {
-        match self.flows.get(id) {
-            Some(flow) if flow.egress.0 == hot.generation => Ok(flow.egress.1),
-            _ => {
-                let egress = self.next_hop(slot, ip.destination)?;
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.egress = (hot.generation, egress);
-                }
-                Ok(egress)
+    /// Decides on a packet from the guest, and changes nothing.
+    pub(super) fn judge_egress(
+        &self,
+        now: Duration,
+        (slot, hot): (Slot, &Hot),
+        (hash, key): (u64, &Key),
+        ip: &Ipv4,
+        transport: &Transport,
+        witness: &mut impl Witness,
+    ) -> Result<Judged<Egress>, DropReason> {
+        match self.known(now, (hash, key), Direction::Egress, transport, witness) {
+            Some(id) => Ok(Judged::Known(id, self.egress_of(slot, hot, id, ip, witness)?)),
+            None => {
+                let port = &self.port(slot).ok_or(DropReason::UnknownPort)?.port;
+                let place = (&self.locals, self.settings.underlay.address);
+                Ok(Judged::Open(policy::egress(port, slot, ip, transport, place, witness)?))
             }
         }
     }
 
-    fn next_hop(&self, slot: Slot, destination: Ipv4Addr) -> Result<Egress, DropReason> {
-        let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        policy::next_hop(&state.port, slot, destination, &self.locals, self.settings.underlay.address)
+    /// The flow that a packet goes on with.
+    pub(super) fn known(
+        &self,
+        now: Duration,
+        (hash, key): (u64, &Key),
+        direction: Direction,
+        transport: &Transport,
+        witness: &mut impl Witness,
+    ) -> Option<FlowId> {
+        let id = self.flows.find(hash, key);
+        let flow = id.and_then(|id| self.flows.get(id));
+        let reopened = flow.is_some_and(|flow| flow.reopens(direction, transport));
+        witness.saw(Seen::Flow { known: flow.map(|flow| (flow.state(), flow.idle(now))), reopened });
+        id.filter(|_| flow.is_some() && !reopened)
     }
 
-    fn open_egress(
-        &mut self,
-        turn: &mut Turn<'_>,
-        slot: Slot,
-        hot: &Hot,
-        key: Key,
-        ip: &Ipv4,
-        transport: &Transport,
-    ) -> Result<(FlowId, Egress), DropReason> {
+    /// The decision of a flow, made again when the port has changed since.
+    fn egress_of(&self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4, witness: &mut impl Witness) -> Result<Egress, DropReason> {
+        match self.flows.get(id) {
+            Some(flow) if flow.egress.0 == hot.generation => {
+                witness.saw(Seen::Decided { egress: flow.egress.1 });
+                Ok(flow.egress.1)
+            }
+            _ => self.next_hop(slot, ip.destination, witness),
+        }
+    }
+
+    fn keep_egress(&mut self, hot: &Hot, id: FlowId, egress: Egress) -> Egress {
+        if let Some(flow) = self.flows.get_mut(id).filter(|flow| flow.egress.0 != hot.generation) {
+            flow.egress = (hot.generation, egress);
+        }
+        egress
+    }
+
+    fn next_hop(&self, slot: Slot, destination: Ipv4Addr, witness: &mut impl Witness) -> Result<Egress, DropReason> {
         let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        let card = self.settings.underlay.address;
-        let egress = policy::egress(&state.port, slot, ip, transport, &self.locals, card)?;
-        let mut flow = Flow::new(key, Direction::Egress);
-        flow.egress = (hot.generation, egress);
-        Ok((self.flows.insert(turn.now, flow)?, egress))
+        policy::next_hop(&state.port, slot, destination, (&self.locals, self.settings.underlay.address), witness)
     }
 
     /// Rewrites a packet as decided, and says which way it goes.
@@ -175,22 +225,32 @@ impl Pipeline {
                 Ok(Next::Underlay { vtep, entropy })
             }
             Egress::Public { address } => {
-                if ip.total_len > usize::from(PUBLIC_MTU) && ip.dont_fragment {
+                if too_long_for_public(ip) {
                     self.error(turn, slot, hot, ip, packet, Error::FragmentationNeeded { mtu: PUBLIC_MTU });
                     return Err(DropReason::TooLong);
                 }
                 self.hop(turn, slot, hot, ip, packet)?;
                 let bytes = packet.as_mut_slice().get_mut(ETHERNET..).unwrap_or_default();
                 nat::source(bytes, ip, address);
-                if let Some(to) = self.locals.by_public.get(&ip.destination) {
-                    return self.enter(*to, packet);
+                match self.public_way(ip.destination)? {
+                    PublicWay::Hairpin(to) => self.enter(to, packet),
+                    PublicWay::Wire { hop, mac } => {
+                        headers::set_macs(packet.as_mut_slice(), ROUTER_MAC, mac);
+                        Ok(Next::Public { hop, sender: address })
+                    }
                 }
-                let side = self.settings.public.ok_or(DropReason::NoPublicSide)?;
-                headers::set_macs(packet.as_mut_slice(), ROUTER_MAC, side.mac);
-                let on_link = crate::Prefix::new(side.gateway, side.prefix_length).contains(ip.destination);
-                Ok(Next::Public { hop: if on_link { ip.destination } else { side.gateway }, sender: address })
             }
         }
+    }
+
+    /// Which way a packet for a public address goes.
+    pub(super) fn public_way(&self, destination: Ipv4Addr) -> Result<PublicWay, DropReason> {
+        if let Some(to) = self.locals.by_public.get(&destination) {
+            return Ok(PublicWay::Hairpin(*to));
+        }
+        let side = self.settings.public.ok_or(DropReason::NoPublicSide)?;
+        let on_link = crate::Prefix::new(side.gateway, side.prefix_length).contains(destination);
+        Ok(PublicWay::Wire { hop: if on_link { destination } else { side.gateway }, mac: side.mac })
     }
 
     /// Counts one hop, or tells the guest that it was the last.
@@ -231,47 +291,19 @@ impl Pipeline {
         packet: &mut Packet,
     ) -> Result<Option<Next>, DropReason> {
         let payload = packet.as_slice().get(ETHERNET + ip.header_len..).unwrap_or_default();
-        let own = ip.source == hot.ipv4;
-        if ip.protocol == headers::UDP_PROTOCOL
-            && (own || ip.source.is_unspecified())
-            && (ip.destination.is_broadcast() || ip.destination == hot.router)
-            && !ip.is_fragment()
-        {
-            let transport = headers::transport(ip, payload)?;
-            if (transport.source_port, transport.destination_port) == (dhcp::CLIENT_PORT, dhcp::SERVER_PORT) {
-                return self.guest_dhcp(turn, slot, ip, packet).map(Some);
+        match errand(hot, ethernet.destination.is_group(), ip, || headers::transport(ip, payload), &mut ())? {
+            Errand::Forward => Ok(None),
+            Errand::Service(Service::Dhcp) => self.guest_dhcp(turn, slot, ip, packet).map(Some),
+            Errand::Service(Service::Metadata) => {
+                self.allow_service(turn, slot)?;
+                Ok(Some(Next::Punt(slot)))
+            }
+            Errand::Service(Service::Router) => {
+                self.allow_service(turn, slot)?;
+                icmp::echo_reply(packet.as_mut_slice(), ip, hot.mac, ROUTER_MAC);
+                Ok(Some(Next::Deliver(slot)))
             }
         }
-        if !own && (hot.source_dest_check || anti_spoof::is_martian(ip.source)) {
-            return Err(DropReason::SpoofedAddress);
-        }
-        if ip.total_len > usize::from(hot.mtu) {
-            return Err(DropReason::TooLong);
-        }
-        if ip.destination.is_link_local() {
-            if ip.destination != METADATA || ip.protocol != headers::TCP {
-                return Err(DropReason::LinkLocal);
-            }
-            self.allow_service(turn, slot)?;
-            return Ok(Some(Next::Punt(slot)));
-        }
-        if ip.destination == hot.router {
-            let transport = headers::transport(ip, payload)?;
-            if ip.protocol != headers::ICMP || transport.icmp_type != icmp::ECHO || ip.is_fragment() {
-                return Err(DropReason::RouterUnserved);
-            }
-            self.allow_service(turn, slot)?;
-            icmp::echo_reply(packet.as_mut_slice(), ip, hot.mac, ROUTER_MAC);
-            return Ok(Some(Next::Deliver(slot)));
-        }
-        let subnet_broadcast = u32::from(hot.subnet.nth(0)) | !u32::from(hot.subnet.mask());
-        if ethernet.destination.is_group() || ip.destination.octets()[0] >= 224 || u32::from(ip.destination) == subnet_broadcast {
-            return Err(DropReason::Multicast);
-        }
-        if anti_spoof::is_martian(ip.destination) {
-            return Err(DropReason::NoRoute);
-        }
-        Ok(None)
     }
 
     fn guest_dhcp(&mut self, turn: &mut Turn<'_>, slot: Slot, ip: &Ipv4, packet: &Packet) -> Result<Next, DropReason> {
@@ -333,4 +365,56 @@ impl Pipeline {
         let allowed = self.port_mut(slot).is_some_and(|state| state.services.take(turn.now, 1));
         if allowed { Ok(()) } else { Err(DropReason::LinkLocalAllowance) }
     }
+}
+
+/// Whether a packet would have to be cut for the internet and forbids it.
+pub(super) fn too_long_for_public(ip: &Ipv4) -> bool {
+    ip.total_len > usize::from(PUBLIC_MTU) && ip.dont_fragment
+}
+
+/// What a guest's packet is for, once its source address is believed; `transport`
+/// reads its transport header.
+pub(super) fn errand(
+    hot: &Hot,
+    to_group: bool,
+    ip: &Ipv4,
+    transport: impl Fn() -> Result<Transport, DropReason>,
+    witness: &mut impl Witness,
+) -> Result<Errand, DropReason> {
+    let own = ip.source == hot.ipv4;
+    if ip.protocol == headers::UDP_PROTOCOL
+        && (own || ip.source.is_unspecified())
+        && (ip.destination.is_broadcast() || ip.destination == hot.router)
+        && !ip.is_fragment()
+    {
+        let transport = transport()?;
+        if (transport.source_port, transport.destination_port) == (dhcp::CLIENT_PORT, dhcp::SERVER_PORT) {
+            return Ok(Errand::Service(Service::Dhcp));
+        }
+    }
+    let believed = own || !(hot.source_dest_check || anti_spoof::is_martian(ip.source));
+    witness.saw(Seen::Source { address: ip.source, vtep: None, believed });
+    if !believed {
+        return Err(DropReason::SpoofedAddress);
+    }
+    if ip.total_len > usize::from(hot.mtu) {
+        return Err(DropReason::TooLong);
+    }
+    if ip.destination.is_link_local() {
+        let served = ip.destination == METADATA && ip.protocol == headers::TCP;
+        return if served { Ok(Errand::Service(Service::Metadata)) } else { Err(DropReason::LinkLocal) };
+    }
+    if ip.destination == hot.router {
+        let transport = transport()?;
+        let served = ip.protocol == headers::ICMP && transport.icmp_type == icmp::ECHO && !ip.is_fragment();
+        return if served { Ok(Errand::Service(Service::Router)) } else { Err(DropReason::RouterUnserved) };
+    }
+    let subnet_broadcast = u32::from(hot.subnet.nth(0)) | !u32::from(hot.subnet.mask());
+    if to_group || ip.destination.octets()[0] >= 224 || u32::from(ip.destination) == subnet_broadcast {
+        return Err(DropReason::Multicast);
+    }
+    if anti_spoof::is_martian(ip.destination) {
+        return Err(DropReason::NoRoute);
+    }
+    Ok(Errand::Forward)
 }

@@ -1,10 +1,13 @@
 //! The way to a guest: from another guest of the card, from another card, or from
 //! the internet; always through the policy of the port.
 
-use super::guest::Subject;
+use std::time::Duration;
+
+use super::guest::{Judged, Subject};
 use super::{Hot, Next, Pipeline, ROUTER_MAC, Turn};
 use crate::action::Origin;
 use crate::counters::DropReason;
+use crate::explain::{Seen, Witness};
 use crate::flow::{Direction, Flow, FlowId, Key, Slot};
 use crate::headers::{self, ETHERNET, Ipv4, Transport};
 use crate::packet::Packet;
@@ -20,18 +23,20 @@ impl Pipeline {
         let subject = match self.classify(slot, Direction::Ingress, &ip, payload.get(ip.header_len..).unwrap_or_default()) {
             Ok(subject) => subject,
             // Who may not speak at all is counted as that, whatever he says.
-            Err(reason) => return Err(self.source_mac(slot, &ip, origin, sender).err().unwrap_or(reason)),
+            Err(reason) => return Err(self.source_mac(slot, &ip, origin, sender, &mut ()).err().unwrap_or(reason)),
         };
         let source_mac = match subject {
             Subject::Whole(key, transport) => {
-                let known = self
-                    .flows
-                    .find(self.flows.hash(&key), &key)
-                    .filter(|id| self.flows.get(*id).is_some_and(|flow| !flow.reopens(Direction::Ingress, &transport)));
-                let (id, source_mac) = match known {
-                    Some(id) => (id, self.origin_check(slot, &hot, id, &ip, origin, sender)?),
-                    None => self.open_ingress(turn, slot, &hot, key, (&ip, &transport), (origin, sender))?,
-                };
+                let (id, source_mac) =
+                    match self.judge_ingress(turn.now, (slot, &hot), &key, (&ip, &transport), (origin, sender), &mut ())? {
+                        Judged::Known(id, source_mac) => (id, self.keep_origin(&hot, id, origin, source_mac)),
+                        Judged::Open(source_mac) => {
+                            let mut flow = Flow::new(key, Direction::Ingress);
+                            flow.ingress = (hot.generation, origin);
+                            flow.source_mac = source_mac;
+                            (self.flows.insert(turn.now, flow)?, source_mac)
+                        }
+                    };
                 self.flows.observe(id, turn.now, Direction::Ingress, &transport);
                 if ip.more_fragments && !self.fragments.insert(turn.now, slot, Direction::Ingress, &ip, key) {
                     return Err(DropReason::FragmentTableFull);
@@ -40,9 +45,10 @@ impl Pipeline {
             }
             Subject::Fragment(key) => {
                 let id = self.flows.find(self.flows.hash(&key), &key).ok_or(DropReason::FragmentUnknown)?;
-                self.origin_check(slot, &hot, id, &ip, origin, sender)?
+                let source_mac = self.origin_of(slot, &hot, id, &ip, (origin, sender), &mut ())?;
+                self.keep_origin(&hot, id, origin, source_mac)
             }
-            Subject::Related(_) => self.source_mac(slot, &ip, origin, sender)?,
+            Subject::Related(_) => self.source_mac(slot, &ip, origin, sender, &mut ())?,
         };
         headers::set_macs(packet.as_mut_slice(), hot.mac, source_mac);
         Ok(Next::Deliver(slot))
@@ -62,52 +68,73 @@ impl Pipeline {
         Ok(Next::Ingress(slot, Origin::Public))
     }
 
-    /// Checks that a packet of a known flow comes from where the flow's packets
-    /// come from; that place is checked when it changed, or the port did.
-    fn origin_check(&mut self, slot: Slot, hot: &Hot, id: FlowId, ip: &Ipv4, origin: Origin, sender: Mac) -> Result<Mac, DropReason> {
-        match self.flows.get(id) {
-            Some(flow) if flow.ingress == (hot.generation, origin) => Ok(flow.source_mac),
-            _ => {
-                let source_mac = self.source_mac(slot, ip, origin, sender)?;
-                if let Some(flow) = self.flows.get_mut(id) {
-                    flow.ingress = (hot.generation, origin);
-                    flow.source_mac = source_mac;
-                }
-                Ok(source_mac)
+    /// Decides on a packet to the guest, and changes nothing.
+    pub(super) fn judge_ingress(
+        &self,
+        now: Duration,
+        (slot, hot): (Slot, &Hot),
+        key: &Key,
+        (ip, transport): (&Ipv4, &Transport),
+        (origin, sender): (Origin, Mac),
+        witness: &mut impl Witness,
+    ) -> Result<Judged<Mac>, DropReason> {
+        match self.known(now, (self.flows.hash(key), key), Direction::Ingress, transport, witness) {
+            Some(id) => Ok(Judged::Known(id, self.origin_of(slot, hot, id, ip, (origin, sender), witness)?)),
+            None => {
+                let source_mac = self.source_mac(slot, ip, origin, sender, witness)?;
+                policy::ingress(&self.port(slot).ok_or(DropReason::UnknownPort)?.port, ip, transport, witness)?;
+                Ok(Judged::Open(source_mac))
             }
         }
     }
 
-    fn open_ingress(
-        &mut self,
-        turn: &mut Turn<'_>,
+    /// Checks that a packet of a known flow comes from where the flow's packets
+    /// come from; that place is checked when it changed, or the port did.
+    fn origin_of(
+        &self,
         slot: Slot,
         hot: &Hot,
-        key: Key,
-        (ip, transport): (&Ipv4, &Transport),
+        id: FlowId,
+        ip: &Ipv4,
         (origin, sender): (Origin, Mac),
-    ) -> Result<(FlowId, Mac), DropReason> {
-        let source_mac = self.source_mac(slot, ip, origin, sender)?;
-        let state = self.port(slot).ok_or(DropReason::UnknownPort)?;
-        policy::ingress(&state.port, ip, transport)?;
-        let mut flow = Flow::new(key, Direction::Ingress);
-        flow.ingress = (hot.generation, origin);
-        flow.source_mac = source_mac;
-        Ok((self.flows.insert(turn.now, flow)?, source_mac))
+        witness: &mut impl Witness,
+    ) -> Result<Mac, DropReason> {
+        match self.flows.get(id) {
+            Some(flow) if flow.ingress == (hot.generation, origin) => Ok(flow.source_mac),
+            _ => self.source_mac(slot, ip, origin, sender, witness),
+        }
+    }
+
+    fn keep_origin(&mut self, hot: &Hot, id: FlowId, origin: Origin, source_mac: Mac) -> Mac {
+        if let Some(flow) = self.flows.get_mut(id).filter(|flow| flow.ingress != (hot.generation, origin)) {
+            flow.ingress = (hot.generation, origin);
+            flow.source_mac = source_mac;
+        }
+        source_mac
     }
 
     /// Checks that a packet may come from `origin`, and says which source MAC the
     /// guest sees: the sender's within the subnet, else the router's.
-    fn source_mac(&self, slot: Slot, ip: &Ipv4, origin: Origin, sender: Mac) -> Result<Mac, DropReason> {
+    pub(super) fn source_mac(
+        &self,
+        slot: Slot,
+        ip: &Ipv4,
+        origin: Origin,
+        sender: Mac,
+        witness: &mut impl Witness,
+    ) -> Result<Mac, DropReason> {
         let port: &Port = &self.port(slot).ok_or(DropReason::UnknownPort)?.port;
-        match origin {
+        let (vtep, checked) = match origin {
             // The sending side has checked the source and put the MAC.
-            Origin::Local => Ok(sender),
+            Origin::Local => return Ok(sender),
             Origin::Vtep(vtep) => {
-                let endpoint = anti_spoof::from_vtep(port, ip.source, vtep)?;
-                Ok(if port.config.subnet.contains(ip.source) { endpoint.mac } else { ROUTER_MAC })
+                let in_subnet = port.config.subnet.contains(ip.source);
+                let endpoint = anti_spoof::from_vtep(port, ip.source, vtep);
+                (Some(vtep), endpoint.map(|endpoint| if in_subnet { endpoint.mac } else { ROUTER_MAC }))
             }
-            Origin::Public => anti_spoof::from_public(port, ip.source).map(|()| ROUTER_MAC),
-        }
+            Origin::Public => (None, anti_spoof::from_public(port, ip.source).map(|()| ROUTER_MAC)),
+        };
+        witness.saw(Seen::Source { address: ip.source, vtep, believed: checked.is_ok() });
+        checked
     }
 }

@@ -1,11 +1,14 @@
 //! What arrives from the two wires: other cards and the internet.
 
+use std::net::Ipv4Addr;
+
 use super::{Next, Pipeline, Turn};
 use crate::action::Origin;
 use crate::counters::DropReason;
+use crate::flow::Slot;
 use crate::headers::{self, ETHERNET};
 use crate::packet::Packet;
-use crate::{arp, vxlan};
+use crate::{Vni, arp, vxlan};
 
 impl Pipeline {
     pub(super) fn underlay_in(&mut self, turn: &mut Turn<'_>, packet: &mut Packet) -> Result<Next, DropReason> {
@@ -40,14 +43,23 @@ impl Pipeline {
         if !packet.pull_front(vxlan::VXLAN) || !packet.set_len(ETHERNET + ip.total_len) {
             return Err(DropReason::Truncated);
         }
-        match self.locals.by_address.get(&(vni, ip.destination)) {
-            Some(slot) => Ok(Next::Ingress(*slot, Origin::Vtep(vtep))),
-            None => Err(match self.networks.get(&vni).map(|network| network.endpoint(ip.source)) {
-                None => DropReason::UnknownVni,
-                Some(Some(endpoint)) if endpoint.vtep == vtep => DropReason::UnknownDestination,
-                Some(_) => DropReason::UnmappedVtep,
-            }),
+        self.underlay_receiver((vtep, vni), (ip.source, ip.destination)).map(|slot| Next::Ingress(slot, Origin::Vtep(vtep)))
+    }
+
+    /// The port that a packet from another card is for.
+    pub(super) fn underlay_receiver(
+        &self,
+        (vtep, vni): (Ipv4Addr, Vni),
+        (source, destination): (Ipv4Addr, Ipv4Addr),
+    ) -> Result<Slot, DropReason> {
+        if let Some(slot) = self.locals.by_address.get(&(vni, destination)) {
+            return Ok(*slot);
         }
+        Err(match self.networks.get(&vni).map(|network| network.endpoint(source)) {
+            None => DropReason::UnknownVni,
+            Some(Some(endpoint)) if endpoint.vtep == vtep => DropReason::UnknownDestination,
+            Some(_) => DropReason::UnmappedVtep,
+        })
     }
 
     pub(super) fn public_in(&mut self, turn: &mut Turn<'_>, packet: &mut Packet) -> Result<Next, DropReason> {

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use super::lab::*;
 use crate::counters::DropReason::{self, *};
+use crate::explain::{End as Ending, Entry, Question, Seen as Noted};
+use crate::headers::Transport;
 use crate::headers::tcp::{ACK, FIN, RST, SYN};
 use crate::*;
 
@@ -359,6 +361,55 @@ fn fate(seen: &Seen, drops: &[(DropReason, u64)]) -> Fate {
     Fate { public: public.first().copied(), received, dropped: drops.first().map(|(reason, _)| *reason) }
 }
 
+/// What the cards say beforehand would become of a packet, one after the other as
+/// it would pass them.
+fn explain(lab: &Lab, mut card: u8, mut entry: Entry, shot: Shot) -> Fate {
+    let mut fate = Fate::default();
+    let transport = match shot.load {
+        Load::Tcp { from, to, flags } => Transport { source_port: from, destination_port: to, tcp_flags: flags, ..Transport::default() },
+        Load::Udp { from, to } => Transport { source_port: from, destination_port: to, ..Transport::default() },
+        Load::Echo { id, reply } => Transport { source_port: id, icmp_type: if reply { 0 } else { 8 }, ..Transport::default() },
+    };
+    let mut question =
+        Question { entry, source: Some(shot.source), destination: shot.destination, protocol: protocol(shot.load), transport, length: 60 };
+    loop {
+        question.entry = entry;
+        let explanation = lab.cards[usize::from(card)].pipeline.explain(lab.now, &question);
+        for step in &explanation.steps {
+            match step.seen {
+                Noted::Nat { before, after, source: true } => assert_eq!(question.source.replace(after), Some(before)),
+                Noted::Nat { before, after, source: false } => {
+                    assert_eq!(std::mem::replace(&mut question.destination, after), before);
+                }
+                _ => {}
+            }
+        }
+        match explanation.end {
+            Ending::Delivered(port) => {
+                fate.received = Some((port.0, question.source.unwrap(), question.destination));
+                return fate;
+            }
+            Ending::Dropped(reason) => {
+                fate.dropped = Some(reason);
+                return fate;
+            }
+            Ending::Tunnel { vtep: to, vni } => {
+                entry = Entry::Vtep(vtep(card), vni);
+                card = to.octets()[3];
+            }
+            Ending::Internet { source, .. } => {
+                fate.public = Some((source, question.destination));
+                let ports = |card: &Card| card.snapshot.ports.iter().any(|port| port.public == Some(question.destination));
+                match lab.cards.iter().position(ports) {
+                    Some(owner) => (card, entry) = (owner as u8, Entry::Public),
+                    None => return fate,
+                }
+            }
+            Ending::Service(_) => return fate,
+        }
+    }
+}
+
 /// Plays `packets` packets of one seed.
 fn play(seed: u64, packets: usize) -> HashMap<Option<DropReason>, usize> {
     let mut dice = Dice(seed);
@@ -381,10 +432,12 @@ fn play(seed: u64, packets: usize) -> HashMap<Option<DropReason>, usize> {
         }
         let sender = model.ports[dice.roll(model.ports.len())].clone();
         let receiver = model.ports[dice.roll(model.ports.len())].clone();
+        let explained;
         let (fate_of_model, seen, shot) = if dice.roll(5) == 0 {
             let Some(public) = receiver.public else { continue };
             let shot = shot(&mut dice, FAR[number % 2], public);
             let card = card_of(receiver.id);
+            explained = explain(&lab, card, Entry::Public, shot);
             let seen = lab.feed(card, pipeline::Device::Public, &frame_of(shot, GATEWAY_MAC, public_mac(card)));
             (model.enters(lab.now, receiver.id, shot), seen, shot)
         } else {
@@ -397,6 +450,7 @@ fn play(seed: u64, packets: usize) -> HashMap<Option<DropReason>, usize> {
             };
             let shot = shot(&mut dice, source, destination);
             let next = if sender.subnet.contains(destination) { receiver.mac } else { ROUTER_MAC };
+            explained = explain(&lab, card_of(sender.id), Entry::Guest(sender.id), shot);
             let seen = lab.send(card_of(sender.id), sender.id.0, &frame_of(shot, sender.mac, next));
             (model.sent(lab.now, sender.id, shot), seen, shot)
         };
@@ -405,6 +459,7 @@ fn play(seed: u64, packets: usize) -> HashMap<Option<DropReason>, usize> {
             drops.iter().zip(&counted).filter(|(now, before)| now.1 > before.1).map(|(now, before)| (now.0, now.1 - before.1)).collect();
         let fate_of_lab = fate(&seen, &new);
         assert_eq!(fate_of_lab, fate_of_model, "seed {seed}, packet {number}: {shot:?} of {:?}", sender.id);
+        assert_eq!(explained, fate_of_lab, "what was explained, seed {seed}, packet {number}: {shot:?} of {:?}", sender.id);
         *fates.entry(fate_of_model.dropped).or_default() += 1;
         counted = drops;
     }
