@@ -1,6 +1,7 @@
 //! The operator's socket: HTTP/1.1 on a Unix socket that only the daemon's own user can open.
 //!
 //! `POST /accounts` makes an account with its default network and answers `{account_id, access_key_id, secret_access_key}`;
+//! `POST /packets/capture`, `/trace`, `/counters` and `/flows` look into the packet paths of the cards, see [`packets`];
 //! `GET /metrics` and `GET /healthz` are those of the tenants' listener.
 
 use std::fs::{self, Permissions};
@@ -19,6 +20,7 @@ use tokio::net::UnixListener;
 use crate::api::{self, Api, RequestId, response};
 use crate::error::ApiError;
 use crate::model::Time;
+use crate::packets;
 use crate::resource::account::create_account;
 
 /// Opens the socket, in place of one that an earlier process left.
@@ -42,6 +44,10 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 pub async fn serve(listener: UnixListener, api: Arc<Api>, stop: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
     let router = Router::new()
         .route("/accounts", post(create))
+        .route("/packets/capture", post(packets::capture))
+        .route("/packets/counters", post(packets::counters))
+        .route("/packets/flows", post(packets::flows))
+        .route("/packets/trace", post(packets::trace))
         .route("/healthz", get(api::healthz))
         .route("/metrics", get(api::metrics))
         .with_state(api);

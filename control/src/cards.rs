@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use card_proto::card::card_client::CardClient;
+use card_proto::card::packets_client::PacketsClient;
 use card_proto::card::{self, DeleteRequest, Kind, PutRequest, WatchRequest, put_request};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -69,7 +70,7 @@ pub struct Cards {
 struct Queue {
     operations: Mutex<BTreeMap<ObjectKey, Operation>>,
     wake: Notify,
-    client: Mutex<Option<CardClient<Channel>>>,
+    channel: Mutex<Option<Channel>>,
 }
 
 impl Cards {
@@ -117,9 +118,8 @@ impl Cards {
     /// When the card is away or does not answer in time.
     pub async fn console_output(&self, card_id: &str, instance_id: &str) -> Result<(Vec<u8>, u64), CardError> {
         let mut client = self.client(card_id)?;
-        let mut request = Request::new(card::ConsoleOutputRequest { instance_id: instance_id.to_owned() });
-        request.set_timeout(CALL_DEADLINE);
-        let reply = client.console_output(request).await.map_err(|status| refused(card_id, status))?.into_inner();
+        let request = card::ConsoleOutputRequest { instance_id: instance_id.to_owned() };
+        let reply = client.console_output(timely(request)).await.map_err(|status| refused(card_id, status))?.into_inner();
         Ok((reply.output, reply.timestamp_s))
     }
 
@@ -145,9 +145,59 @@ impl Cards {
         Ok(Console { card_id: card_id.to_owned(), stream: stream.map_err(|status| refused(card_id, status))?.into_inner() })
     }
 
+    /// The cards that are connected now, in order.
+    #[must_use]
+    pub fn connected(&self) -> Vec<String> {
+        let there = self.cards.iter().filter(|(_, queue)| lock(&queue.channel).is_some());
+        let mut cards: Vec<String> = there.map(|(id, _)| id.clone()).collect();
+        cards.sort();
+        cards
+    }
+
+    /// What would become of a packet on a card.
+    ///
+    /// # Errors
+    /// When the card is away, refuses or does not answer in time.
+    pub async fn explain(&self, card_id: &str, request: card::ExplainRequest) -> Result<card::ExplainReply, CardError> {
+        let mut client = PacketsClient::new(self.channel(card_id)?);
+        Ok(client.explain(timely(request)).await.map_err(|status| refused(card_id, status))?.into_inner())
+    }
+
+    /// A reading of the counters of a card's packet path.
+    ///
+    /// # Errors
+    /// As [`Cards::explain`].
+    pub async fn counters(&self, card_id: &str) -> Result<card::CountersReply, CardError> {
+        let mut client = PacketsClient::new(self.channel(card_id)?);
+        Ok(client.counters(timely(card::CountersRequest {})).await.map_err(|status| refused(card_id, status))?.into_inner())
+    }
+
+    /// A piece of the connections that a card tracks.
+    ///
+    /// # Errors
+    /// As [`Cards::explain`].
+    pub async fn flows(&self, card_id: &str, request: card::FlowsRequest) -> Result<card::FlowsReply, CardError> {
+        let mut client = PacketsClient::new(self.channel(card_id)?);
+        Ok(client.flows(timely(request)).await.map_err(|status| refused(card_id, status))?.into_inner())
+    }
+
+    /// Begins a capture on a card; dropping it ends it there.
+    ///
+    /// # Errors
+    /// As [`Cards::explain`].
+    pub async fn capture(&self, card_id: &str, request: card::CaptureRequest) -> Result<Capture, CardError> {
+        let mut client = PacketsClient::new(self.channel(card_id)?);
+        let stream = client.capture(request).await.map_err(|status| refused(card_id, status))?.into_inner();
+        Ok(Capture { card_id: card_id.to_owned(), stream })
+    }
+
     fn client(&self, card_id: &str) -> Result<CardClient<Channel>, CardError> {
+        self.channel(card_id).map(CardClient::new)
+    }
+
+    fn channel(&self, card_id: &str) -> Result<Channel, CardError> {
         let queue = self.cards.get(card_id).ok_or_else(|| CardError::Unknown(card_id.to_owned()))?;
-        lock(&queue.client).clone().ok_or_else(|| CardError::Away(card_id.to_owned()))
+        lock(&queue.channel).clone().ok_or_else(|| CardError::Away(card_id.to_owned()))
     }
 }
 
@@ -174,6 +224,29 @@ impl Console {
         let message = self.stream.message().await.map_err(|status| refused(&self.card_id, status))?;
         Ok(message.map(|message| message.data))
     }
+}
+
+/// The frames of a card that somebody wants to see.
+pub struct Capture {
+    card_id: String,
+    stream: tonic::Streaming<card::Captured>,
+}
+
+impl Capture {
+    /// The next frames; none at the end.
+    ///
+    /// # Errors
+    /// When the card or the connection to it is gone.
+    pub async fn next(&mut self) -> Result<Option<card::Captured>, CardError> {
+        self.stream.message().await.map_err(|status| refused(&self.card_id, status))
+    }
+}
+
+/// A request that is answered soon or not at all.
+fn timely<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_DEADLINE);
+    request
 }
 
 fn refused(card_id: &str, status: tonic::Status) -> CardError {
@@ -210,7 +283,7 @@ impl Task {
         loop {
             let (ended, was_connected) = self.connect_and_serve().await;
             let Ended::Connection(reason) = ended else { return };
-            *lock(&self.queue.client) = None;
+            *lock(&self.queue.channel) = None;
             lock(&self.queue.operations).clear();
             if was_connected {
                 tracing::warn!(card = self.card_id, reason, "lost the card");
@@ -234,14 +307,14 @@ impl Task {
             Ok(channel) => channel,
             Err(error) => return (Ended::Connection(chain(&error)), false),
         };
-        let mut client = CardClient::new(channel);
+        let mut client = CardClient::new(channel.clone());
         let watch = tokio::time::timeout(CALL_DEADLINE, client.watch(WatchRequest { epoch: self.epoch })).await;
         let stream = match watch {
             Ok(Ok(stream)) => stream.into_inner(),
             Ok(Err(status)) => return (Ended::Connection(status.to_string()), false),
             Err(_) => return (Ended::Connection("watch: no answer in time".to_owned()), false),
         };
-        *lock(&self.queue.client) = Some(client.clone());
+        *lock(&self.queue.channel) = Some(channel);
         (self.serve(client, stream).await, true)
     }
 

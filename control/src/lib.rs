@@ -7,7 +7,7 @@
 //! | [`resource`], [`later`] | one file for each noun, one function for each action |
 //! | [`world`], [`model`], [`store`], [`event`] | tables in memory, rows, their durability, and what happened |
 //! | [`placement`], [`reconcile`], [`cards`] | where instances go, and how the cards come to know |
-//! | [`settings`], [`admin`], [`metrics`] | for the operator |
+//! | [`settings`], [`admin`], [`packets`], [`metrics`] | for the operator |
 //!
 //! The launch path is drawn at the head of [`api`].
 
@@ -20,6 +20,7 @@ pub mod event;
 pub mod later;
 pub mod metrics;
 pub mod model;
+pub mod packets;
 pub mod placement;
 pub mod query;
 pub mod reconcile;

@@ -28,6 +28,7 @@ use std::time::Duration;
 use card_proto::card;
 use tokio::sync::mpsc;
 
+pub(crate) use desired::rule;
 pub use desired::{Object, ObjectKey};
 
 use crate::event;

@@ -300,6 +300,7 @@ impl Card {
                 if let Some(dataplane) = &self.parts.dataplane {
                     dataplane.apply(Arc::new(snapshot));
                 }
+                self.parts.names.store(Arc::new(self.core.names()));
             }
             Output::Subjects(subjects) => self.subjects.store(Arc::new(subjects)),
             Output::Work { key, work } => self.work(key, work),

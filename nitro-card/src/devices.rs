@@ -12,22 +12,29 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
+use arc_swap::ArcSwap;
 use crossbeam_channel::{Sender, unbounded};
-use dataplane::io::vhost::{VhostControl, VhostPort};
+use dataplane::io::vhost::{VhostControl, VhostCounters, VhostPort};
 use dataplane::{Dataplane, PortId};
 use storage_target::{InitiatorSettings, Target, VolumeSpec};
 
 use crate::attachment::Source;
 use crate::console::{Consoles, remove_file};
 use crate::converge::Work;
-use crate::disk::DiskServer;
+use crate::disk::{DiskCounters, DiskServer};
 use crate::instance::{BootSource, initrd_link, kernel_link};
+use crate::meters::Meters;
+use crate::names::Names;
 use crate::object::{Id, Key};
 use crate::port::socket_name;
 use crate::volume::Spec;
 
 /// Threads for work that ends: copies and volumes.
 const WORKERS: usize = 2;
+/// Kinds of devices, as metrics name them.
+pub const VHOST: &str = "vhost";
+/// See [`VHOST`].
+pub const DISK: &str = "disk";
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -51,6 +58,10 @@ pub struct Parts {
     pub images_dir: PathBuf,
     pub initiator_nqn: String,
     pub consoles: Arc<Consoles>,
+    /// What the packet path's numbers stand for.
+    pub names: Arc<ArcSwap<Names>>,
+    /// Counters of what is open.
+    pub meters: Arc<Meters>,
     /// There with the compute role.
     pub dataplane: Option<Arc<Dataplane>>,
     /// There with the storage role.
@@ -91,11 +102,23 @@ impl Devices {
         let dataplane = self.parts.dataplane.as_ref().ok_or_else(|| io::Error::other("this card has no packet path"))?;
         let (port, control) = VhostPort::start(self.socket(id), mtu)?;
         dataplane.port_attach(number, Box::new(port));
+        let read = control.meter();
+        self.parts.meters.put(VHOST, id.as_str(), move || {
+            let VhostCounters { connections, malformed, oversize, no_buffer, broken } = read();
+            vec![
+                ("connections", connections),
+                ("malformed", malformed),
+                ("oversize", oversize),
+                ("no_buffer", no_buffer),
+                ("broken", broken),
+            ]
+        });
         self.ports.insert(id.clone(), control);
         Ok(())
     }
 
     fn port_stop(&mut self, id: &Id, number: PortId) -> io::Result<()> {
+        self.parts.meters.remove(VHOST, id.as_str());
         if let Some(control) = self.ports.remove(id) {
             if let Some(dataplane) = &self.parts.dataplane {
                 dataplane.port_detach(number);
@@ -109,11 +132,17 @@ impl Devices {
         let host_nqn = self.parts.initiator_nqn.clone();
         let initiator = InitiatorSettings { address: source.address, subsystem_nqn: source.nqn, host_nqn };
         let server = DiskServer::start(self.socket(id), initiator, serial, source.size_bytes)?;
+        let read = server.meter();
+        self.parts.meters.put(DISK, id.as_str(), move || {
+            let DiskCounters { connections, completed, failed, malformed } = read();
+            vec![("connections", connections), ("completed", completed), ("failed", failed), ("malformed", malformed)]
+        });
         self.disks.insert(id.clone(), server);
         Ok(())
     }
 
     fn disk_stop(&mut self, key: &Key) -> Option<Result<(), String>> {
+        self.parts.meters.remove(DISK, key.id.as_str());
         let Some(server) = self.disks.remove(&key.id) else {
             return Some(remove_file(&self.socket(&key.id)).map_err(text));
         };
@@ -228,6 +257,8 @@ mod tests {
             images_dir: folder.join("images"),
             initiator_nqn: String::new(),
             consoles,
+            names: Arc::default(),
+            meters: Arc::default(),
             dataplane: None,
             target: None,
         }

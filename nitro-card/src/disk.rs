@@ -130,14 +130,13 @@ impl DiskServer {
     /// What happened so far.
     #[must_use]
     pub fn counters(&self) -> DiskCounters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counting = &self.disk.counting;
-        DiskCounters {
-            connections: read(&counting.connections),
-            completed: read(&counting.completed),
-            failed: read(&counting.failed),
-            malformed: read(&counting.malformed),
-        }
+        self.disk.counting.read()
+    }
+
+    /// A reader of the counters that may be kept elsewhere.
+    pub fn meter(&self) -> impl Fn() -> DiskCounters + Send + Sync + use<> {
+        let disk = Arc::clone(&self.disk);
+        move || disk.counting.read()
     }
 
     /// Whether the volume's target answers.
@@ -205,6 +204,18 @@ struct Counting {
     completed: AtomicU64,
     failed: AtomicU64,
     malformed: AtomicU64,
+}
+
+impl Counting {
+    fn read(&self) -> DiskCounters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        DiskCounters {
+            connections: read(&self.connections),
+            completed: read(&self.completed),
+            failed: read(&self.failed),
+            malformed: read(&self.malformed),
+        }
+    }
 }
 
 /// Counts commands under way, so that those of a guest that is gone hold back those of the next.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use dataplane::{Dataplane, Traffic};
 use storage_target::Target;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,8 +16,11 @@ use tokio::time::timeout;
 
 use crate::card::Handle;
 use crate::converge::Summary;
+use crate::devices::DISK;
 use crate::host::LinkCounters;
 use crate::imds;
+use crate::meters::Meters;
+use crate::names::Names;
 
 const REQUEST_MAX: usize = 4096;
 /// For the whole of one connection.
@@ -31,6 +35,8 @@ const CONNECTIONS_MAX: usize = 32;
 pub struct Sources {
     pub card: Handle,
     pub dataplane: Option<Arc<Dataplane>>,
+    pub names: Arc<ArcSwap<Names>>,
+    pub meters: Arc<Meters>,
     pub target: Option<Arc<Target>>,
     pub link: Arc<LinkCounters>,
     pub imds: Arc<imds::Counters>,
@@ -116,8 +122,9 @@ fn metrics(sources: &Sources, summary: Option<Summary>) -> String {
     page.sample("card_metadata_requests_total", &[("answer", "ok")], sources.imds.answered.load(Ordering::Relaxed));
     page.sample("card_metadata_requests_total", &[("answer", "refused")], sources.imds.refused.load(Ordering::Relaxed));
     if let Some(dataplane) = &sources.dataplane {
-        packets(&mut page, dataplane);
+        packets(&mut page, dataplane, &sources.names.load());
     }
+    devices(&mut page, &sources.meters);
     if let Some(target) = &sources.target {
         page.head("storage_events_total", "counter", "What the NVMe/TCP target counts.");
         for (name, value) in target.counters().each() {
@@ -127,11 +134,11 @@ fn metrics(sources: &Sources, summary: Option<Summary>) -> String {
     page.0
 }
 
-fn packets(page: &mut Page, dataplane: &Dataplane) {
+fn packets(page: &mut Page, dataplane: &Dataplane, names: &Names) {
     let counters = dataplane.counters();
-    let numbered = counters.ports.iter().map(|(id, port)| (format!("port-{}", id.0), port.traffic));
+    let named = counters.ports.iter().map(|(number, port)| (names.port(*number), port.traffic));
     let devices: Vec<(String, Traffic)> =
-        [("underlay".into(), counters.underlay), ("public".into(), counters.public)].into_iter().chain(numbered).collect();
+        [("underlay".into(), counters.underlay), ("public".into(), counters.public)].into_iter().chain(named).collect();
     page.head("dataplane_packets_total", "counter", "Frames by device, seen from the card.");
     for (device, traffic) in &devices {
         page.sample("dataplane_packets_total", &[("device", device), ("direction", "rx")], traffic.rx_packets);
@@ -146,7 +153,30 @@ fn packets(page: &mut Page, dataplane: &Dataplane) {
     for (reason, count) in counters.drops.iter() {
         page.sample("dataplane_drops_total", &[("reason", reason.name())], count);
     }
+    page.head("dataplane_port_drops_total", "counter", "Those of them on the account of a port; reasons that it never had are left out.");
+    for (number, port) in &counters.ports {
+        for (reason, count) in port.drops.iter().filter(|(_, count)| *count > 0) {
+            page.sample("dataplane_port_drops_total", &[("device", &names.port(*number)), ("reason", reason.name())], count);
+        }
+    }
     page.gauge("dataplane_flows", "Connections tracked now.", counters.flows);
+}
+
+/// What the devices themselves count, beside the packet path and the volumes.
+fn devices(page: &mut Page, meters: &Meters) {
+    let readings = meters.read();
+    page.head("disk_events_total", "counter", "What the server of a guest's disk counts.");
+    for (_, disk, reading) in readings.iter().filter(|(kind, ..)| *kind == DISK) {
+        for (event, value) in reading {
+            page.sample("disk_events_total", &[("disk", disk), ("event", event)], *value);
+        }
+    }
+    page.head("dataplane_device_events_total", "counter", "What a device of the packet path counts itself.");
+    for (kind, device, reading) in readings.iter().filter(|(kind, ..)| *kind != DISK) {
+        for (event, value) in reading {
+            page.sample("dataplane_device_events_total", &[("device", device), ("kind", kind), ("event", event)], *value);
+        }
+    }
 }
 
 struct Page(String);

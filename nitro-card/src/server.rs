@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use card_proto::card::card_server::{Card, CardServer};
+use card_proto::card::packets_server::PacketsServer;
 use card_proto::card::{
     ConsoleBytes, ConsoleInput, ConsoleOutputReply, ConsoleOutputRequest, DeleteReply, DeleteRequest, Event, Kind, PutReply, PutRequest,
     WatchRequest,
@@ -35,6 +36,7 @@ use crate::console::Consoles;
 use crate::convert;
 use crate::desired::Refusal;
 use crate::object::{Id, Key, Object};
+use crate::packets::Packets;
 
 /// Largest message of control.
 pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
@@ -66,6 +68,7 @@ pub async fn serve(
     credentials: Credentials,
     card: Handle,
     consoles: Arc<Consoles>,
+    packets: Packets,
     stopped: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let tls = ServerTlsConfig::new()
@@ -78,6 +81,7 @@ pub async fn serve(
         // Streams end with this, and connections with their streams.
         drop(closing);
     };
+    let packets = PacketsServer::new(packets.service(closed.clone()));
     let service = CardServer::new(Service { card, consoles, closed }).max_decoding_message_size(MESSAGE_MAX);
     let listener = tokio::net::TcpListener::bind(listen).await?;
     tracing::info!(address = %listener.local_addr()?, "control may connect");
@@ -88,6 +92,7 @@ pub async fn serve(
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_service(InterceptedService::new(service, only_control))
+        .add_service(InterceptedService::new(packets, only_control))
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped);
     Ok(server.await?)
 }

@@ -10,6 +10,7 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
@@ -28,12 +29,18 @@ use crate::desired::Store;
 use crate::devices::Parts;
 use crate::host::{LinkCounters, Slot};
 use crate::imds::{self, Subjects, token::TokenKey};
+use crate::meters::Meters;
 use crate::metrics::{self, Sources};
+use crate::names::Names;
+use crate::packets::Packets;
 use crate::server::{self, Credentials};
 use crate::settings::{Device, Role, Settings};
 
 /// The mailbox's socket in the link folder.
 const SLOT: &str = "slot.sock";
+/// The two wires, as metrics name them.
+const UNDERLAY: &str = "underlay";
+const PUBLIC: &str = "public";
 
 /// Runs a card until `stopped` ends.
 ///
@@ -56,7 +63,8 @@ pub async fn run(settings: Settings, stopped: impl Future<Output = ()>) -> anyho
         Target::start(TargetSettings { listen: storage.listen, dir, images: settings.images_dir.clone() }).map(Arc::new)
     });
     let target = target.transpose().context("start the storage target")?;
-    let dataplane = if settings.has(Role::Compute) { Some(Arc::new(packet_path(&settings)?)) } else { None };
+    let (names, meters) = (Arc::new(ArcSwap::from_pointee(Names::default())), Arc::new(Meters::default()));
+    let dataplane = if settings.has(Role::Compute) { Some(Arc::new(packet_path(&settings, &meters)?)) } else { None };
 
     let subjects = Arc::new(ArcSwap::from_pointee(Subjects::new()));
     let imds_counters = Arc::new(imds::Counters::default());
@@ -89,6 +97,8 @@ pub async fn run(settings: Settings, stopped: impl Future<Output = ()>) -> anyho
         images_dir: settings.images_dir.clone(),
         initiator_nqn: settings.initiator_nqn(),
         consoles: consoles.clone(),
+        names: names.clone(),
+        meters: meters.clone(),
         dataplane: dataplane.clone(),
         target: target.clone(),
     };
@@ -107,10 +117,11 @@ pub async fn run(settings: Settings, stopped: impl Future<Output = ()>) -> anyho
     };
     let listener = tokio::net::TcpListener::bind(settings.metrics_listen).await;
     let listener = listener.with_context(|| format!("listen on {} for metrics", settings.metrics_listen))?;
-    let sources = Sources { card: handle.clone(), dataplane, target: target.clone(), link, imds: imds_counters };
+    let packets = Packets { dataplane: dataplane.clone(), names: names.clone(), meters: meters.clone() };
+    let sources = Sources { card: handle.clone(), dataplane, names, meters, target: target.clone(), link, imds: imds_counters };
     let metrics = tokio::spawn(metrics::serve(listener, sources));
 
-    let served = server::serve(settings.listen, credentials, handle.clone(), consoles, stopped).await;
+    let served = server::serve(settings.listen, credentials, handle.clone(), consoles, packets, stopped).await;
     metrics.abort();
     handle.stop();
     let ended = move || {
@@ -127,15 +138,21 @@ pub async fn run(settings: Settings, stopped: impl Future<Output = ()>) -> anyho
 }
 
 /// Opens the wires of the card and starts the packet path on them.
-fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
+fn packet_path(settings: &Settings, meters: &Meters) -> anyhow::Result<Dataplane> {
     let underlay = &settings.underlay;
     let address = underlay.address.unwrap_or(Ipv4Addr::UNSPECIFIED);
     let (wire, mac) = match underlay.device {
         Device::Udp => {
             let port = UdpPort::bind(address).with_context(|| format!("bind the underlay to {address}"))?;
+            let counters = port.counters();
+            meters.put("udp", UNDERLAY, move || {
+                vec![("wrong_port", read_counter(&counters.wrong_port)), ("oversize", read_counter(&counters.oversize))]
+            });
             (Some(Box::new(port) as Box<dyn PacketIo>), Mac([0; 6]))
         }
-        device => open(device, underlay.interface.as_deref(), underlay.netns.as_deref()).context("open the underlay")?,
+        device => {
+            open((device, UNDERLAY), meters, underlay.interface.as_deref(), underlay.netns.as_deref()).context("open the underlay")?
+        }
     };
     let encapsulated = underlay.device != Device::Udp;
     let underlay = Underlay { address, prefix_length: underlay.prefix_length, mac, encapsulated };
@@ -148,7 +165,9 @@ fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
             let mac = Mac([0x02, first, second, third, fourth, fifth]);
             (Some(Box::new(port) as Box<dyn PacketIo>), mac)
         }
-        (device, ..) => open(device, public.interface.as_deref(), public.netns.as_deref()).context("open the public side")?,
+        (device, ..) => {
+            open((device, PUBLIC), meters, public.interface.as_deref(), public.netns.as_deref()).context("open the public side")?
+        }
     };
     let public = match (&outside, public.gateway) {
         (Some(_), Some(gateway)) => Some(PublicSide { mac, gateway, prefix_length: public.prefix_length }),
@@ -159,13 +178,22 @@ fn packet_path(settings: &Settings) -> anyhow::Result<Dataplane> {
 }
 
 /// Opens an interface that carries Ethernet frames.
-fn open(device: Device, interface: Option<&str>, netns: Option<&Path>) -> anyhow::Result<(Option<Box<dyn PacketIo>>, Mac)> {
+fn open(
+    (device, name): (Device, &'static str),
+    meters: &Meters,
+    interface: Option<&str>,
+    netns: Option<&Path>,
+) -> anyhow::Result<(Option<Box<dyn PacketIo>>, Mac)> {
     let interface = interface.unwrap_or_default();
     match device {
         Device::None | Device::Udp | Device::Cable => Ok((None, Mac([0; 6]))),
         Device::Packet => {
             let port = PacketPort::open(interface, netns).with_context(|| format!("open a packet socket on {interface}"))?;
             let mac = Mac(port.mac());
+            let counters = port.counters();
+            meters.put("packet", name, move || {
+                vec![("unsupported", read_counter(&counters.unsupported)), ("errors", read_counter(&counters.errors))]
+            });
             Ok((Some(Box::new(port)), mac))
         }
         #[cfg(feature = "dpdk")]
@@ -176,12 +204,24 @@ fn open(device: Device, interface: Option<&str>, netns: Option<&Path>) -> anyhow
                 if interface.contains([',', ':']) { DpdkPort::open(interface, netns) } else { DpdkPort::open_interface(interface, netns) };
             let port = port.with_context(|| format!("open {interface} by DPDK"))?;
             let mac = Mac(port.mac());
+            let counters = port.counters();
+            meters.put("dpdk", name, move || {
+                vec![
+                    ("tagged", read_counter(&counters.tagged)),
+                    ("oversize", read_counter(&counters.oversize)),
+                    ("no_mbuf", read_counter(&counters.no_mbuf)),
+                ]
+            });
             Ok((Some(Box::new(port)), mac))
         }
         // Settings::load says so first, and better.
         #[cfg(not(feature = "dpdk"))]
         Device::Dpdk => anyhow::bail!("this nitro-card was built without DPDK"),
     }
+}
+
+fn read_counter(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {

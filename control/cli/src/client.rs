@@ -67,15 +67,60 @@ impl Endpoint {
     }
 }
 
-/// Posts an empty body to an HTTP/1.1 server on a Unix socket.
-pub fn post_to_socket(socket: &Path, path: &str) -> Result<Answer> {
-    let mut stream = UnixStream::connect(socket).context("connecting")?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    write!(stream, "POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).context("reading the answer")?;
-    // The server closes after its one answer, so what follows the header is the body.
-    let (head, body) = text.split_once("\r\n\r\n").context("the answer is not HTTP")?;
+/// An answer while it comes in.
+pub struct Stream {
+    /// The HTTP status.
+    pub status: u16,
+    /// What was read with the header, then the rest.
+    early: Vec<u8>,
+    socket: UnixStream,
+}
+
+impl Stream {
+    /// The whole body as text.
+    pub fn text(mut self) -> Result<Answer> {
+        self.socket.set_read_timeout(Some(TIMEOUT))?;
+        let mut body = String::from_utf8(std::mem::take(&mut self.early)).context("the answer is not text")?;
+        self.socket.read_to_string(&mut body).context("reading the answer")?;
+        Ok(Answer { status: self.status, body })
+    }
+}
+
+impl std::io::Read for Stream {
+    fn read(&mut self, room: &mut [u8]) -> std::io::Result<usize> {
+        if self.early.is_empty() {
+            return self.socket.read(room);
+        }
+        let count = self.early.len().min(room.len());
+        for (to, from) in room.iter_mut().zip(self.early.drain(..count)) {
+            *to = from;
+        }
+        Ok(count)
+    }
+}
+
+/// The longest header of an answer.
+const HEADER_MAX: usize = 16 * 1024;
+
+/// Posts JSON to an HTTP server on a Unix socket. In HTTP/1.0, so that the body of the answer ends where the connection does.
+pub fn post_to_socket(socket: &Path, path: &str, body: &str) -> Result<Stream> {
+    let mut socket = UnixStream::connect(socket).context("connecting")?;
+    let length = body.len();
+    write!(socket, "POST {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}")?;
+    let mut read = Vec::new();
+    let end = loop {
+        if let Some(end) = read.windows(4).position(|window| window == b"\r\n\r\n") {
+            break end;
+        }
+        let mut piece = [0; 1024];
+        let count = socket.read(&mut piece).context("reading the answer")?;
+        if count == 0 || read.len() > HEADER_MAX {
+            bail!("the answer is not HTTP");
+        }
+        read.extend(piece.iter().take(count));
+    };
+    let early = read.split_off(end + 4);
+    let head = String::from_utf8_lossy(&read);
     let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).context("the answer has no status")?;
-    Ok(Answer { status, body: body.to_owned() })
+    Ok(Stream { status, early, socket })
 }

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! cardinal account create --json --admin-socket state/admin.sock
+//! cardinal packet trace --from i-0123456789abcdef0 --to 172.31.0.5 --protocol tcp --port 80
+//! cardinal packet capture --instance i-0123456789abcdef0 --filter 'icmp' -w ping.pcapng
 //! cardinal call DescribeInstances InstanceId.1=i-0123456789abcdef0
 //! cardinal rest POST /api/v1/instances '{"imageId": "...", "instanceType": "t3.micro"}'
 //! cardinal authority init --dir tls && cardinal authority issue --dir tls --name control
@@ -9,6 +11,7 @@
 
 mod authority;
 mod client;
+mod packet;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -33,6 +36,9 @@ enum Command {
     /// Accounts, through the operator's socket of the control plane.
     #[command(subcommand)]
     Account(Account),
+    /// The packet paths of the cards, through the same socket: what passes, what dies, and why.
+    #[command(subcommand)]
+    Packet(packet::Packet),
     /// Calls an action of the EC2 Query protocol (or STS GetCallerIdentity) and prints the XML.
     Call {
         /// As DescribeInstances.
@@ -65,10 +71,35 @@ enum Account {
         /// Prints one JSON object.
         #[arg(long)]
         json: bool,
-        /// The socket admin.sock in the state folder of the control plane.
-        #[arg(long, env = "CARDINAL_ADMIN_SOCKET", default_value = "/var/lib/cardinal/control/admin.sock")]
-        admin_socket: PathBuf,
+        #[command(flatten)]
+        operator: Operator,
     },
+}
+
+/// Where operators ask.
+#[derive(Args)]
+pub struct Operator {
+    /// The socket admin.sock in the state folder of the control plane.
+    #[arg(long, env = "CARDINAL_ADMIN_SOCKET", default_value = "/var/lib/cardinal/control/admin.sock")]
+    admin_socket: PathBuf,
+}
+
+impl Operator {
+    /// Asks, and gives the answer while it comes in.
+    fn post(&self, path: &str, body: &str) -> Result<client::Stream> {
+        client::post_to_socket(&self.admin_socket, path, body)
+            .with_context(|| format!("asking the control plane at {}", self.admin_socket.display()))
+    }
+
+    /// Asks for one JSON document.
+    fn ask(&self, path: &str, body: &Value) -> Result<Value> {
+        let answer = self.post(path, &body.to_string())?.text()?;
+        if answer.is_error() {
+            let error: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+            bail!("the control plane refused: {}", error.pointer("/error/message").and_then(Value::as_str).unwrap_or(answer.body.trim()));
+        }
+        serde_json::from_str(&answer.body).context("the control plane's answer is not JSON")
+    }
 }
 
 #[derive(Subcommand)]
@@ -127,22 +158,19 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Account(Account::Create { json, admin_socket }) => {
-            let answer = client::post_to_socket(&admin_socket, "/accounts")
-                .with_context(|| format!("asking the control plane at {}", admin_socket.display()))?;
-            if answer.is_error() {
-                bail!("the control plane refused: {}", answer.body.trim());
-            }
+        Command::Account(Account::Create { json, operator }) => {
+            let account = operator.ask("/accounts", &Value::Null)?;
             if json {
-                return print(&answer);
+                writeln!(std::io::stdout(), "{account}")?;
+                return Ok(ExitCode::SUCCESS);
             }
-            let account: Value = serde_json::from_str(&answer.body).context("the control plane's answer is not JSON")?;
             for name in ["account_id", "access_key_id", "secret_access_key"] {
                 let value = account.get(name).and_then(Value::as_str).with_context(|| format!("the answer lacks {name}"))?;
                 writeln!(std::io::stdout(), "{name} {value}")?;
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Packet(packet) => packet::run(packet),
         Command::Call { action, parameters, access } => {
             let (service, version) = match action.as_str() {
                 "GetCallerIdentity" => ("sts", "2011-06-15"),

@@ -254,7 +254,7 @@ fn prefix(cidr: Ipv4Net) -> card::Prefix {
 const ALL_PROTOCOLS: u32 = 256;
 
 /// A rule as the card reads it; none for IPv6, which no port has.
-fn rule(rule: &SecurityGroupRule) -> Option<card::Rule> {
+pub(crate) fn rule(rule: &SecurityGroupRule) -> Option<card::Rule> {
     let remote = match &rule.remote {
         RuleRemote::Ipv4(cidr) => card::rule::Remote::Prefix(prefix(*cidr)),
         RuleRemote::Group { group_id, .. } => card::rule::Remote::GroupId(group_id.clone()),

@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use dataplane::{GroupId, PortId, Snapshot};
 
-use super::{Core, Guest};
+use super::{Core, Guest, PortBinding, Tracked};
 use crate::imds::Subjects;
 use crate::imds::tree::{Interface, MappedDisk, Subject};
+use crate::names::{Names, PortName};
 use crate::object::Id;
+use crate::port::Port;
 
 /// Numbers for what the packet path does not know by name. A number is not
 /// used twice while the card runs.
@@ -70,6 +72,26 @@ impl Core {
         }
         numbers.groups.retain(|_, number| used.contains(number));
         snapshot
+    }
+
+    /// What the numbers in the packet path's configuration stand for.
+    pub fn names(&self) -> Names {
+        let name = |(id, port): (&Id, &Tracked<Port, PortBinding>)| {
+            let number = *self.numbers.ports.get(id)?;
+            let port = &port.spec;
+            let name = PortName {
+                id: id.clone(),
+                instance_id: port.instance_id.clone(),
+                vni: port.vni,
+                ipv4: port.private_ipv4,
+                public_ipv4: port.public_ipv4,
+            };
+            Some((number, name))
+        };
+        Names {
+            ports: self.ports.iter().filter_map(name).collect(),
+            groups: self.numbers.groups.iter().map(|(id, number)| (*number, id.clone())).collect(),
+        }
     }
 
     pub(super) fn subjects(&mut self) -> Subjects {
