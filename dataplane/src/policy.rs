@@ -4,6 +4,9 @@
 //! security group, route, address translation. To the guest: anti-spoof, security
 //! group. A [`Snapshot`] is compiled off the worker's thread into [`Tables`], and
 //! whatever did not change keeps its `Arc`, by which the worker sees what did.
+//!
+//! Every function here tells its [`Witness`] what it looked at: nobody, for a packet
+//! that is there, and whoever explains, for one that might come.
 
 use std::collections::HashSet;
 use std::net::Ipv4Addr;

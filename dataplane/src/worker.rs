@@ -9,6 +9,9 @@
 //! [`policy`](crate::policy) (anti_spoof, security_group, route, nat, in the order
 //! written there), stores the flow and goes on.
 //!
+//! Captures ([`capture`]) see frames where a device gives or takes
+//! them and where they die; questions of operators are answered between two turns.
+//!
 //! Nothing to do: the thread sleeps in one `ppoll` over all devices and its own
 //! eventfd, until a frame, a command or the next deadline. A device without a
 //! descriptor is polled: continuously for 50 us after its last frame, then with

@@ -250,6 +250,14 @@ impl Region {
         (text("access_key_id"), text("secret_access_key"))
     }
 
+    /// Runs `cardinal packet` with these arguments.
+    #[must_use]
+    pub fn packet(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(Self::binary("cardinal"));
+        command.arg("packet").args(arguments).arg("--admin-socket").arg(self.dir.join("control/admin.sock")).stdin(Stdio::null());
+        command
+    }
+
     /// Launches one `mini` with the rack's key and group and these parameters.
     #[must_use]
     pub fn launch(&self, more: &[(&str, &str)]) -> Instance {
@@ -509,6 +517,14 @@ impl Region {
         let config = std::fs::read_to_string(self.dir.join(format!("{card}.toml"))).expect("card settings");
         let line = config.lines().find(|line| line.starts_with("metrics_listen")).expect("metrics_listen");
         get(line.split('"').nth(1).expect("an address"), "/metrics")
+    }
+
+    /// The id under which control knows a card.
+    #[must_use]
+    pub fn card_id(&self, card: &str) -> String {
+        let config = std::fs::read_to_string(self.dir.join(format!("{card}.toml"))).expect("card settings");
+        let line = config.lines().find(|line| line.starts_with("id")).expect("id");
+        line.split('"').nth(1).expect("a quoted id").to_owned()
     }
 
     /// Sum of the samples of a card's metric whose line contains every mark.

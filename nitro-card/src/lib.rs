@@ -4,7 +4,8 @@
 //! own disk ([`desired`]), converges to it without control ([`converge`]), and
 //! reports what is ([`watch`]). It owns what guests touch: ports on the packet
 //! path, disks over NVMe/TCP ([`disk`]), metadata ([`imds`]), consoles
-//! ([`console`]); the host under it ([`host`]) only runs machines. A card with
+//! ([`console`]); operators look into its packet path ([`packets`], [`metrics`]);
+//! the host under it ([`host`]) only runs machines. A card with
 //! the storage role keeps volumes for other cards.
 //!
 //! Invariants:

@@ -3,7 +3,7 @@
 //! back, and decides nothing.
 //!
 //! Bounds: captures as [`dataplane::capture`] says, each of [`SECONDS_MAX`] at most;
-//! a question that the packet worker does not answer within [`PATIENCE`] is given up.
+//! a question that the packet worker does not answer within two seconds is given up.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use card_proto::card::card_client::CardClient;
+use card_proto::card::packets_client::PacketsClient;
 use card_proto::card::{
     self, ConsoleInput, ConsoleOutputRequest, DeleteRequest, Kind, Phase, PutRequest, Status, WatchRequest, event, put_request,
 };
@@ -130,13 +131,17 @@ impl Rig {
     }
 
     async fn connect(&self, names: Option<&[&str]>) -> Result<CardClient<Channel>, tonic::transport::Error> {
+        self.channel(names).await.map(CardClient::new)
+    }
+
+    async fn channel(&self, names: Option<&[&str]>) -> Result<Channel, tonic::transport::Error> {
         let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(self.authority.pem())).domain_name(CARD);
         if let Some(names) = names {
             let (certificate, key) = self.authority.issue(names);
             tls = tls.identity(Identity::from_pem(certificate, key));
         }
         let endpoint = Channel::from_shared(format!("https://{}", self.address)).unwrap();
-        Ok(CardClient::new(endpoint.tls_config(tls)?.connect().await?))
+        endpoint.tls_config(tls)?.connect().await
     }
 
     async fn control(&self) -> Control {
@@ -414,9 +419,103 @@ async fn only_control_is_heard_and_garbage_disturbs_nobody() {
     };
     assert!(page("/healthz").starts_with("HTTP/1.1 200 OK"));
     let metrics = page("/metrics");
-    for line in ["card_objects{kind=\"port\"} 1", "card_host_connected 0", "dataplane_drops_total{reason=", "storage_events_total{event="] {
+    for line in [
+        "card_objects{kind=\"port\"} 1",
+        "card_host_connected 0",
+        "dataplane_drops_total{reason=",
+        "storage_events_total{event=",
+        "dataplane_packets_total{device=\"eni-1\"",
+        "dataplane_device_events_total{device=\"eni-1\",kind=\"vhost\"",
+    ] {
         assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
     assert!(page("/other").starts_with("HTTP/1.1 404"));
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_look_into_the_packet_path_and_change_nothing() {
+    let mut rig = Rig::start().await;
+    let mut control = rig.control().await;
+    let group = card::rule::Remote::GroupId("sg-9".into());
+    let web = card::Rule { protocol: 6, from_port: 80, to_port: 80, remote: Some(group) };
+    control.put(put_request::Object::Port(card::Port { egress: vec![web.clone()], ..port() })).await;
+    let (neighbour, other_card) = (0x0a00_0006, 0x0aff_000c);
+    let mapping =
+        |private_ipv4| card::Mapping { private_ipv4, mac: vec![2, 0, 0, 0, 0, 2], underlay_ipv4: other_card, ..card::Mapping::default() };
+    let network = card::Network {
+        id: "vpc-1".into(),
+        generation: 1,
+        vni: 7,
+        mappings: vec![mapping(neighbour), mapping(neighbour + 1)],
+        groups: vec![card::Group { id: "sg-9".into(), members: vec![neighbour] }],
+        ..card::Network::default()
+    };
+    control.put(put_request::Object::Network(network)).await;
+    control.until_phase(Kind::Port, "eni-1", Phase::Ready).await;
+    let mut packets = PacketsClient::new(rig.channel(Some(&["control"])).await.unwrap());
+
+    let ask = |destination, destination_port| card::ExplainRequest {
+        from: Some(card::explain_request::From::PortId("eni-1".into())),
+        destination,
+        protocol: 6,
+        source_port: 4000,
+        destination_port,
+        tcp_flags: 2,
+        length: 60,
+        ..card::ExplainRequest::default()
+    };
+    for _ in 0..2 {
+        let passes = packets.explain(ask(neighbour, 80)).await.unwrap().into_inner();
+        let way = card::TunnelOut { underlay_ipv4: other_card, vni: 7 };
+        assert_eq!(passes.end, Some(card::explain_reply::End::TunnelOut(way)));
+        let seen: Vec<_> = passes.steps.into_iter().map(|step| (step.port_id, step.seen.unwrap())).collect();
+        let at = |seen: card::step::Seen| ("eni-1".to_owned(), seen);
+        let subnet = card::Route { destination: port().subnet, target: None };
+        let expected = [
+            at(card::step::Seen::Source(card::SourceSeen { address: port().private_ipv4, believed: true, underlay_ipv4: 0 })),
+            // The second time too: an explained packet opens nothing.
+            at(card::step::Seen::Flow(card::FlowSeen::default())),
+            at(card::step::Seen::Group(card::GroupSeen { egress: true, rules: 1, matched: Some(web.clone()) })),
+            at(card::step::Seen::Route(card::RouteSeen { matched: Some(subnet), local: true })),
+            at(card::step::Seen::Mapping(card::MappingSeen { address: neighbour, underlay_ipv4: other_card, ..Default::default() })),
+        ];
+        assert_eq!(seen, expected);
+    }
+    for refused in [ask(neighbour, 81), ask(neighbour + 1, 80)] {
+        let reply = packets.explain(refused).await.unwrap().into_inner();
+        assert_eq!(reply.end, Some(card::explain_reply::End::Dropped("denied_egress".into())));
+    }
+    let unknown = card::ExplainRequest { from: Some(card::explain_request::From::PortId("eni-2".into())), ..ask(neighbour, 80) };
+    assert_eq!(packets.explain(unknown).await.unwrap_err().code(), tonic::Code::NotFound);
+    assert_eq!(packets.explain(card::ExplainRequest::default()).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+
+    let counters = packets.counters(card::CountersRequest {}).await.unwrap().into_inner();
+    let device = counters.devices.iter().find(|device| device.name == "eni-1").unwrap();
+    assert_eq!((device.instance_id.as_str(), counters.flows), ("i-1", 0));
+    assert!(device.events.iter().any(|event| event.name == "no_buffer"), "{device:?}");
+    assert!(counters.drops.len() > 30 && counters.drops.iter().all(|drop| drop.value == 0), "{counters:?}");
+
+    let flows = |port_id: &str| card::FlowsRequest { port_id: port_id.into(), cursor: 0, limit: 10 };
+    assert_eq!(packets.flows(flows("eni-1")).await.unwrap().into_inner(), card::FlowsReply::default());
+    assert_eq!(packets.flows(flows("eni-2")).await.unwrap_err().code(), tonic::Code::NotFound);
+
+    let capture = |filter: &str, port: &str| card::CaptureRequest {
+        filter: filter.into(),
+        port_ids: vec![port.into()],
+        seconds: 1,
+        ..card::CaptureRequest::default()
+    };
+    assert_eq!(packets.capture(capture("tcp prot 80", "eni-1")).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+    assert_eq!(packets.capture(capture("tcp", "eni-2")).await.unwrap_err().code(), tonic::Code::NotFound);
+    let mut stream = packets.capture(capture("tcp port 80", "eni-1")).await.unwrap().into_inner();
+    let last = tokio::time::timeout(Duration::from_secs(5), stream.message()).await.expect("it ends by itself").unwrap();
+    assert_eq!(last, Some(card::Captured::default()));
+    assert_eq!(stream.message().await.unwrap(), None);
+
+    let mut stranger = PacketsClient::new(rig.channel(Some(&[CARD])).await.unwrap());
+    assert_eq!(stranger.counters(card::CountersRequest {}).await.unwrap_err().code(), tonic::Code::PermissionDenied);
+    // A capture that nobody waits for does not keep the card.
+    let _open = packets.capture(card::CaptureRequest::default()).await.unwrap();
     rig.stop().await;
 }

@@ -383,3 +383,101 @@ fn prefix_text(prefix: Option<&card::Prefix>) -> String {
     let prefix = prefix.copied().unwrap_or_default();
     format!("{}/{}", Ipv4Addr::from(prefix.address), prefix.length)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reconcile::testbed::{ALICE, CARD_A, CARD_B, Testbed, request};
+
+    /// Two running instances of the default VPC, on two cards.
+    fn pair(bed: &mut Testbed) -> [String; 2] {
+        let ids = ["us-east-1a", "us-east-1b"].map(|zone| bed.launch(request(zone)).remove(0).instance_id.unwrap());
+        bed.settle();
+        ids
+    }
+
+    fn ask(from: &str, to: &str) -> Ask {
+        serde_json::from_value(json!({"from": from, "to": to, "protocol": "tcp", "port": 22})).unwrap()
+    }
+
+    fn reply(steps: Vec<(&str, Seen)>, end: End) -> ExplainReply {
+        let steps = steps.into_iter().map(|(port, seen)| card::Step { port_id: port.to_owned(), seen: Some(seen) }).collect();
+        ExplainReply { steps, end: Some(end) }
+    }
+
+    fn texts(steps: &[Value]) -> Vec<(bool, String)> {
+        steps.iter().map(|step| (step["passes"].as_bool().unwrap(), step["text"].as_str().unwrap().to_owned())).collect()
+    }
+
+    #[test]
+    fn a_packet_is_followed_to_the_receivers_card() {
+        let mut bed = Testbed::new();
+        let [first, second] = pair(&mut bed);
+        let (card, other) = (bed.card_of(&first), bed.card_of(&second));
+        assert_eq!(other, CARD_B);
+        let (from, to) = (bed.cards[&card].port(&first), bed.cards[&other].port(&second));
+        let visit = bed.read(|tx| begin(tx, &ask(&first, &second))).unwrap();
+        assert_eq!((visit.card.as_str(), visit.request.destination), (card.as_str(), to.private_ipv4));
+        assert_eq!(visit.request.from, Some(explain_request::From::PortId(from.id.clone())));
+
+        let (own, underlay) = (bed.cards[&card].hello.underlay_ipv4, bed.cards[&other].hello.underlay_ipv4);
+        let way = MappingSeen { address: to.private_ipv4, underlay_ipv4: underlay, ..MappingSeen::default() };
+        let answer =
+            reply(vec![(&from.id, Seen::Mapping(way))], End::TunnelOut(card::TunnelOut { underlay_ipv4: underlay, vni: from.vni }));
+        let said = texts(&bed.read(|tx| steps(tx, &visit, &answer)));
+        assert!(said[0].0 && said[0].1.contains(&second) && said[0].1.contains(CARD_B), "{said:?}");
+        let Next::Card(next) = bed.read(|tx| end(tx, &visit, &answer)) else { panic!("it goes on") };
+        assert_eq!(next.card, other);
+        assert_eq!(next.request.from, Some(explain_request::From::Tunnel(Tunnel { underlay_ipv4: own, vni: from.vni })));
+        assert_eq!((next.request.source, next.request.tcp_flags), (from.private_ipv4, SYN));
+    }
+
+    #[test]
+    fn a_rule_is_found_again_by_what_it_allows() {
+        let mut bed = Testbed::new();
+        let [first, second] = pair(&mut bed);
+        let (card, other) = (bed.card_of(&first), bed.card_of(&second));
+        let port = bed.cards[&card].port(&first);
+        let group = bed.read(|tx| tx.get::<SecurityGroup>(ALICE, &port.security_group_ids[0])).unwrap();
+        let rule = group.rules.iter().find(|rule| rule.egress).unwrap();
+        let visit = bed.read(|tx| begin(tx, &ask(&first, &second))).unwrap();
+        // The card has dropped what the protocol gives no meaning.
+        let matched = card::Rule { from_port: -1, to_port: -1, ..port.egress[0].clone() };
+        let seen = |matched| Seen::Group(GroupSeen { egress: true, rules: 1, matched });
+        let gone = card::Rule { protocol: 6, from_port: 1, to_port: 1, ..matched.clone() };
+        let answer = reply(
+            vec![(&port.id, seen(Some(matched))), (&port.id, seen(None)), (&port.id, seen(Some(gone)))],
+            End::Dropped("denied_egress".into()),
+        );
+        let steps = bed.read(|tx| steps(tx, &visit, &answer));
+        assert_eq!(steps[0]["rules"], json!([rule.id]));
+        let said = texts(&steps);
+        assert!(said[0].0 && said[0].1.contains(&format!("{} of {} ({})", rule.id, group.id, group.name)), "{said:?}");
+        assert!(!said[1].0 && said[1].1.contains("none of the 1 egress rules") && said[1].1.contains(&group.name), "{said:?}");
+        assert!(said[2].1.contains("just changed"), "{said:?}");
+        let Next::End { passes: false, reason, .. } = bed.read(|tx| end(tx, &visit, &answer)) else { panic!("it dies") };
+        assert_eq!(reason, "denied_egress");
+        let away = bed.read(|tx| begin(tx, &ask("i-0", &second)).err()).unwrap();
+        assert_eq!((away.status, other.as_str()), (404, CARD_B));
+    }
+
+    #[test]
+    fn what_was_translated_is_asked_about_translated() {
+        let mut bed = Testbed::new();
+        let [first, second] = pair(&mut bed);
+        let card = bed.card_of(&first);
+        assert_ne!(card, CARD_B);
+        assert!(card.starts_with(CARD_A.trim_end_matches('1')));
+        let public: Ipv4Addr = bed.shape(&second).public_ip_address.unwrap().parse().unwrap();
+        let visit = bed.read(|tx| begin(tx, &ask(&first, &public.to_string()))).unwrap();
+        let own = Ipv4Addr::new(198, 51, 100, 99).into();
+        let nat = card::NatSeen { before: visit.request.source, after: own, source: true };
+        let answer = reply(vec![("", Seen::Nat(nat))], End::InternetOut(card::InternetOut { source: own, hop: public.into() }));
+        let Next::Card(next) = bed.read(|tx| end(tx, &visit.after(&answer), &answer)) else { panic!("the address is ours") };
+        assert_eq!((next.card.as_str(), next.request.source, next.request.destination), (CARD_B, own, public.into()));
+        assert_eq!(next.request.from, Some(explain_request::From::Internet(true)));
+        let far = bed.read(|tx| begin(tx, &ask(&first, "203.0.113.9"))).unwrap();
+        let Next::End { passes: true, reason, .. } = bed.read(|tx| end(tx, &far, &answer)) else { panic!("nobody here has it") };
+        assert_eq!(reason, "internet");
+    }
+}

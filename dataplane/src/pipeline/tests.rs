@@ -2,6 +2,7 @@
 
 mod flows;
 mod garbage;
+mod inspect;
 mod lab;
 mod model;
 mod public;

@@ -64,12 +64,16 @@ pub fn run(arguments: &Capture) -> Result<ExitCode> {
 
 /// Carries whole blocks until the stream ends.
 fn copy(mut from: impl Read, to: &mut impl Write) -> Result<Summary> {
-    let (mut summary, mut block) = (Summary::default(), Vec::new());
+    let (mut summary, mut block, mut begun) = (Summary::default(), Vec::new(), false);
     loop {
         block.clear();
         if from.by_ref().take(8).read_to_end(&mut block).context("reading the capture")? == 0 {
             return Ok(summary);
         }
+        if !begun && word(&block, 0) != Some(SECTION) {
+            bail!("the control plane sent no pcapng");
+        }
+        begun = true;
         let length = word(&block, 4).and_then(|length| usize::try_from(length).ok());
         let length = length.filter(|length| (FRAME..=BLOCK_MAX).contains(length)).context("the control plane sent no pcapng")?;
         let rest = u64::try_from(length - 8)?;

@@ -125,7 +125,7 @@ impl Rates<'_> {
     fn card(&self, out: &mut String, card: &Value) -> std::fmt::Result {
         let id = text(card, "card");
         writeln!(out, "{id}   {} connections", number(card, "flows"))?;
-        writeln!(out, "  {:<24} {:>10} {:>12} {:>10} {:>12}  {}", "device", "in pps", "in bit/s", "out pps", "out bit/s", "instance")?;
+        writeln!(out, "  {:<24} {:>10} {:>12} {:>10} {:>12}  instance", "device", "in pps", "in bit/s", "out pps", "out bit/s")?;
         for device in list(card, "devices") {
             let name = text(device, "name");
             let rate = |counter| self.of(id, name, counter);
