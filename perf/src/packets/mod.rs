@@ -2,7 +2,7 @@
 //!
 //! `packets --pcap FILE --case CASE --seconds N --json -` derives a world from a
 //! capture ([`world`]), gives its frames in bursts ([`source`]) to the real
-//! [`Pipeline`](dataplane::pipeline::Pipeline) ([`bench`]), one worker, and prints
+//! [`Pipeline`](dataplane::pipeline::Pipeline) ([`mod@bench`]), one worker, and prints
 //! one JSON object ([`report`]).
 //!
 //! What the figures mean: `mpps` counts frames given to the pipeline, whatever became
