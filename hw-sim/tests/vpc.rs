@@ -114,8 +114,12 @@ fn nat_gateway(region: &Region, vpc: &Vpc, bastion: &Instance, inner: &Instance)
     });
     let _ = listen.wait();
     assert_eq!(answer, public, "the connection came from another address");
-    let probe = ["nc", "-w", "1", "-z", public.as_str(), "22"];
-    assert!(!region.on_internet(&probe).status.success(), "the NAT gateway let a stranger in");
+    let greeted = |address: &str| {
+        let probe = format!("exec 3<>/dev/tcp/{address}/22 && head -c 4 <&3");
+        region.on_internet(&["timeout", "2", "bash", "-c", &probe]).stdout == b"SSH-"
+    };
+    assert!(greeted(&bastion.public_address), "the probe finds no sshd where there is one");
+    assert!(!greeted(&public), "the NAT gateway let a stranger in");
 
     // While it is used it cannot lose its address; without it the guest is cut off.
     let association = region.call("DescribeAddresses", &[("AllocationId.1", &allocation)]).need("associationId");

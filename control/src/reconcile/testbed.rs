@@ -382,3 +382,13 @@ pub(crate) fn request(zone: &str) -> RunInstancesRequest {
         ..Default::default()
     }
 }
+
+/// Numbers below what is asked for, the same for the same seed.
+pub(crate) fn dice(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut random = crate::world::Entropy::Seeded(seed);
+    move |below| {
+        let mut bytes = [0; 8];
+        random.fill(&mut bytes);
+        usize::try_from(u64::from_le_bytes(bytes) % u64::try_from(below).unwrap()).unwrap()
+    }
+}

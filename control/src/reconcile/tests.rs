@@ -1,6 +1,6 @@
 use card_proto::card;
 
-use super::testbed::{ALICE, BOB, CARD_A, CARD_A2, CARD_B, Testbed, request};
+use super::testbed::{ALICE, BOB, CARD_A, CARD_A2, CARD_B, Testbed, dice, request};
 use super::{Object, Operation};
 use crate::event;
 use crate::model::{
@@ -551,12 +551,7 @@ fn an_epoch_is_never_given_twice() {
 fn random_operations_never_over_commit_a_host_and_leave_nothing() {
     for seed in 0..20 {
         let mut bed = Testbed::new();
-        let mut random = crate::world::Entropy::Seeded(seed);
-        let mut next = |below: usize| {
-            let mut bytes = [0; 8];
-            random.fill(&mut bytes);
-            usize::try_from(u64::from_le_bytes(bytes) % u64::try_from(below).unwrap()).unwrap()
-        };
+        let mut next = dice(seed);
         for _ in 0..60 {
             let ids: Vec<String> = bed.read(|tx| tx.list::<Instance>(ALICE).map(|row| row.id.clone()).collect());
             let one = if ids.is_empty() { String::new() } else { ids[next(ids.len())].clone() };

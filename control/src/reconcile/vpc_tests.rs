@@ -2,7 +2,7 @@
 
 use card_proto::card;
 
-use super::testbed::{ALICE, BOB, CARD_A, CARD_A2, CARD_B, Testbed, request};
+use super::testbed::{ALICE, BOB, CARD_A, CARD_A2, CARD_B, Testbed, dice, request};
 use super::{LOST_MS, Object};
 use crate::model::{CardObject, NatGateway, NatGatewayState, NetworkAcl, NetworkInterface, ObjectKind, RouteTable, Subnet, Vpc};
 use crate::resource::address::allocate_address;
@@ -439,12 +439,7 @@ fn random_changes_of_networks_leave_no_card_behind() {
     // Each step of the test bed compares what the cards are told with what all of them shall be told.
     for seed in 0..12 {
         let mut bed = Testbed::new();
-        let mut random = crate::world::Entropy::Seeded(seed);
-        let mut next = |below: usize| {
-            let mut bytes = [0; 8];
-            random.fill(&mut bytes);
-            usize::try_from(u64::from_le_bytes(bytes) % u64::try_from(below).unwrap()).unwrap()
-        };
+        let mut next = dice(seed);
         let vpcs = [
             vpc_with_subnet(&bed, ALICE, "10.1.0.0/16", "us-east-1a"),
             vpc_with_subnet(&bed, ALICE, "10.2.0.0/16", "us-east-1b"),
@@ -452,85 +447,91 @@ fn random_changes_of_networks_leave_no_card_behind() {
         ];
         let elastic = allocate(&bed);
         for _ in 0..50 {
-            let (vpc, subnet) = &vpcs[next(3)];
-            let other = &vpcs[next(3)].0;
-            let instances: Vec<String> = bed.read(|tx| tx.list::<crate::model::Instance>(ALICE).map(|row| row.id.clone()).collect());
-            let instance = if instances.is_empty() { String::new() } else { instances[next(instances.len())].clone() };
-            let gateways: Vec<String> = bed.read(|tx| tx.list::<NatGateway>(ALICE).map(|row| row.id.clone()).collect());
-            let connections: Vec<String> =
-                bed.read(|tx| tx.all::<crate::model::VpcPeeringConnection>().map(|row| row.id.clone()).collect());
-            let connection = if connections.is_empty() { String::new() } else { connections[next(connections.len())].clone() };
-            let card = [CARD_A, CARD_A2, CARD_B][next(3)];
-            match next(12) {
-                0..=2 => {
-                    let request = RunInstancesRequest { subnet_id: Some(subnet.clone()), placement: None, ..request("") };
-                    drop(bed.call(ALICE, |call| run_instances(call, request)));
-                }
-                3 => {
-                    let request = StopInstancesRequest { instance_ids: vec![instance], ..Default::default() };
-                    drop(bed.call(ALICE, |call| stop_instances(call, request)));
-                }
-                4 => {
-                    let request = TerminateInstancesRequest { instance_ids: vec![instance], ..Default::default() };
-                    drop(bed.call(ALICE, |call| terminate_instances(call, request)));
-                }
-                5 => {
-                    let subnet_id = if next(2) == 0 { subnet.clone() } else { self::subnet(&bed, ALICE, "us-east-1a").id };
-                    let request =
-                        CreateNatGatewayRequest { subnet_id: Some(subnet_id), allocation_id: Some(elastic.clone()), ..Default::default() };
-                    drop(bed.call(ALICE, |call| create_nat_gateway(call, request)));
-                }
-                6 => {
-                    for id in gateways {
-                        drop(bed.call(ALICE, |call| delete_nat_gateway(call, delete(&id))));
-                    }
-                }
-                7 => {
-                    let request = CreateVpcPeeringConnectionRequest {
-                        vpc_id: Some(vpc.clone()),
-                        peer_vpc_id: Some(other.clone()),
-                        ..Default::default()
-                    };
-                    drop(bed.call(ALICE, |call| create_vpc_peering_connection(call, request)));
-                }
-                8 => {
-                    let request = AcceptVpcPeeringConnectionRequest { vpc_peering_connection_id: Some(connection), dry_run: None };
-                    drop(bed.call(ALICE, |call| accept_vpc_peering_connection(call, request)));
-                }
-                9 if next(2) == 0 => {
-                    let request = DeleteVpcPeeringConnectionRequest { vpc_peering_connection_id: Some(connection), dry_run: None };
-                    drop(bed.call(ALICE, |call| delete_vpc_peering_connection(call, request)));
-                }
-                9 => {
-                    let cidr = format!("198.{}.0.0/16", next(256));
-                    let request = CreateRouteRequest { vpc_peering_connection_id: Some(connection), ..route(&bed, ALICE, vpc, &cidr) };
-                    drop(bed.call(ALICE, |call| create_route(call, request)));
-                }
-                10 if bed.cards[card].connected => bed.disconnect(card),
-                10 => bed.connect(card),
-                _ => bed.settle(),
-            }
+            change_anything(&mut bed, &mut next, &vpcs, &elastic);
             let operations = bed.step();
             bed.deliver(operations);
         }
-        for card in [CARD_A, CARD_A2, CARD_B] {
-            if !bed.cards[card].connected {
-                bed.connect(card);
-            }
-        }
-        bed.settle();
-        let instances: Vec<String> = bed.read(|tx| tx.list::<crate::model::Instance>(ALICE).map(|row| row.id.clone()).collect());
-        let gateways: Vec<String> = bed.read(|tx| tx.list::<NatGateway>(ALICE).map(|row| row.id.clone()).collect());
-        let terminate = TerminateInstancesRequest { instance_ids: instances.clone(), ..Default::default() };
-        assert!(instances.is_empty() || bed.call(ALICE, |call| terminate_instances(call, terminate)).is_ok());
-        for id in gateways {
-            drop(bed.call(ALICE, |call| delete_nat_gateway(call, delete(&id))));
-        }
-        bed.settle();
+        end_everything(&mut bed);
         assert!(bed.cards.values().all(|card| card.objects.values().all(|(object, _)| object.is_none())), "seed {seed}");
         bed.read(|tx| {
             assert_eq!(tx.all::<CardObject>().count(), 0, "seed {seed}");
             assert_eq!(tx.all::<NetworkInterface>().count(), 0, "seed {seed}");
         });
     }
+}
+
+/// One thing of many that a tenant, or a card, may do to networks; whether it is allowed does not matter here.
+fn change_anything(bed: &mut Testbed, next: &mut impl FnMut(usize) -> usize, vpcs: &[(String, String)], elastic: &str) {
+    let (vpc, subnet) = &vpcs[next(3)];
+    let other = &vpcs[next(3)].0;
+    let instances: Vec<String> = bed.read(|tx| tx.list::<crate::model::Instance>(ALICE).map(|row| row.id.clone()).collect());
+    let instance = if instances.is_empty() { String::new() } else { instances[next(instances.len())].clone() };
+    let gateways: Vec<String> = bed.read(|tx| tx.list::<NatGateway>(ALICE).map(|row| row.id.clone()).collect());
+    let connections: Vec<String> = bed.read(|tx| tx.all::<crate::model::VpcPeeringConnection>().map(|row| row.id.clone()).collect());
+    let connection = if connections.is_empty() { String::new() } else { connections[next(connections.len())].clone() };
+    let card = [CARD_A, CARD_A2, CARD_B][next(3)];
+    match next(12) {
+        0..=2 => {
+            let request = RunInstancesRequest { subnet_id: Some(subnet.clone()), placement: None, ..request("") };
+            drop(bed.call(ALICE, |call| run_instances(call, request)));
+        }
+        3 => {
+            let request = StopInstancesRequest { instance_ids: vec![instance], ..Default::default() };
+            drop(bed.call(ALICE, |call| stop_instances(call, request)));
+        }
+        4 => {
+            let request = TerminateInstancesRequest { instance_ids: vec![instance], ..Default::default() };
+            drop(bed.call(ALICE, |call| terminate_instances(call, request)));
+        }
+        5 => {
+            let subnet_id = if next(2) == 0 { subnet.clone() } else { self::subnet(&bed, ALICE, "us-east-1a").id };
+            let request =
+                CreateNatGatewayRequest { subnet_id: Some(subnet_id), allocation_id: Some(elastic.to_owned()), ..Default::default() };
+            drop(bed.call(ALICE, |call| create_nat_gateway(call, request)));
+        }
+        6 => {
+            for id in gateways {
+                drop(bed.call(ALICE, |call| delete_nat_gateway(call, delete(&id))));
+            }
+        }
+        7 => {
+            let request =
+                CreateVpcPeeringConnectionRequest { vpc_id: Some(vpc.clone()), peer_vpc_id: Some(other.clone()), ..Default::default() };
+            drop(bed.call(ALICE, |call| create_vpc_peering_connection(call, request)));
+        }
+        8 => {
+            let request = AcceptVpcPeeringConnectionRequest { vpc_peering_connection_id: Some(connection), dry_run: None };
+            drop(bed.call(ALICE, |call| accept_vpc_peering_connection(call, request)));
+        }
+        9 if next(2) == 0 => {
+            let request = DeleteVpcPeeringConnectionRequest { vpc_peering_connection_id: Some(connection), dry_run: None };
+            drop(bed.call(ALICE, |call| delete_vpc_peering_connection(call, request)));
+        }
+        9 => {
+            let cidr = format!("198.{}.0.0/16", next(256));
+            let request = CreateRouteRequest { vpc_peering_connection_id: Some(connection), ..route(&bed, ALICE, vpc, &cidr) };
+            drop(bed.call(ALICE, |call| create_route(call, request)));
+        }
+        10 if bed.cards[card].connected => bed.disconnect(card),
+        10 => bed.connect(card),
+        _ => bed.settle(),
+    }
+}
+
+/// Brings every card back and deletes what has a card.
+fn end_everything(bed: &mut Testbed) {
+    for card in [CARD_A, CARD_A2, CARD_B] {
+        if !bed.cards[card].connected {
+            bed.connect(card);
+        }
+    }
+    bed.settle();
+    let instances: Vec<String> = bed.read(|tx| tx.list::<crate::model::Instance>(ALICE).map(|row| row.id.clone()).collect());
+    let gateways: Vec<String> = bed.read(|tx| tx.list::<NatGateway>(ALICE).map(|row| row.id.clone()).collect());
+    let terminate = TerminateInstancesRequest { instance_ids: instances.clone(), ..Default::default() };
+    assert!(instances.is_empty() || bed.call(ALICE, |call| terminate_instances(call, terminate)).is_ok());
+    for id in gateways {
+        drop(bed.call(ALICE, |call| delete_nat_gateway(call, delete(&id))));
+    }
+    bed.settle();
 }

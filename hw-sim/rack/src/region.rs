@@ -209,43 +209,15 @@ impl Region {
         let mut control_cards = String::new();
         for (index, (place, zone)) in cards.iter().enumerate() {
             let id = format!("card-{zone}-{}", place.rsplit('-').next().unwrap_or("1"));
-            let (grpc, metrics, storage) = (port()?, port()?, port()?);
-            let card = format!("card-{place}");
+            let ports = (port()?, port()?, port()?);
             issue(&cardinal, &tls, &id)?;
-            let link = dir.join(format!("link-{place}"));
-            fs::create_dir_all(&link)?;
-            fs::create_dir_all(dir.join(&card))?;
             let wires = match &region.wires {
                 Wires::Kernel(wire) => wire.card(index, if dpdk { "dpdk" } else { "packet" })?,
                 Wires::Loopback(loopback) => loopback.card(index)?,
             };
-            let text = format!(
-                "id = \"{id}\"\nzone = \"{zone}\"\nstate_dir = \"{state}\"\nlink_dir = \"{link}\"\nimages_dir = \"{images}\"\n\
-                 listen = \"127.0.0.1:{grpc}\"\nmetrics_listen = \"127.0.0.1:{metrics}\"\nroles = [\"compute\", \"storage\"]\n\n\
-                 [tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/{id}.pem\"\nkey = \"{tls}/{id}.key\"\n\n\
-                 {wires}\n\
-                 [storage]\nlisten = \"127.0.0.1:{storage}\"\ncapacity_bytes = {STORAGE_BYTES}\n",
-                state = dir.join(&card).display(),
-                link = link.display(),
-                images = region.images.display(),
-                tls = tls.display(),
-            );
-            region.add(&card, "card", zone, "nitro-card", &text)?;
-            let host = format!("host-{place}");
-            fs::create_dir_all(dir.join(&host))?;
-            let machine = match options.machine {
-                Machine::Auto => "auto",
-                Machine::Kvm => "kvm",
-                Machine::Qemu => "qemu",
-                Machine::Sim => "sim",
-            };
-            let text = format!(
-                "link_dir = \"{}\"\nrun_dir = \"{}\"\nmachine = \"{machine}\"\ncores = {HOST_CORES}\nmemory_bytes = {HOST_MEMORY_BYTES}\n",
-                link.display(),
-                dir.join(&host).display(),
-            );
-            region.add(&host, "host", zone, "thin-hv", &text)?;
-            control_cards.push_str(&format!("\n[[cards]]\nid = \"{id}\"\naddress = \"127.0.0.1:{grpc}\"\n"));
+            region.add_card(&id, place, zone, ports, &wires)?;
+            region.add_host(place, zone, options.machine)?;
+            control_cards.push_str(&format!("\n[[cards]]\nid = \"{id}\"\naddress = \"127.0.0.1:{}\"\n", ports.0));
         }
         issue(&cardinal, &tls, "control")?;
         let text = format!(
@@ -260,6 +232,50 @@ impl Region {
         );
         region.add("control", "control", "", "control", &text)?;
         Ok(region)
+    }
+
+    /// The card at a place, with its ports for gRPC, metrics and storage.
+    fn add_card(&mut self, id: &str, place: &str, zone: &str, (grpc, metrics, storage): (u16, u16, u16), wires: &str) -> Result<()> {
+        let card = format!("card-{place}");
+        let (state, link) = (self.dir.join(&card), self.link(place));
+        fs::create_dir_all(&link)?;
+        fs::create_dir_all(&state)?;
+        let text = format!(
+            "id = \"{id}\"\nzone = \"{zone}\"\nstate_dir = \"{state}\"\nlink_dir = \"{link}\"\nimages_dir = \"{images}\"\n\
+             listen = \"127.0.0.1:{grpc}\"\nmetrics_listen = \"127.0.0.1:{metrics}\"\nroles = [\"compute\", \"storage\"]\n\n\
+             [tls]\nauthority = \"{tls}/ca.pem\"\ncertificate = \"{tls}/{id}.pem\"\nkey = \"{tls}/{id}.key\"\n\n\
+             {wires}\n\
+             [storage]\nlisten = \"127.0.0.1:{storage}\"\ncapacity_bytes = {STORAGE_BYTES}\n",
+            state = state.display(),
+            link = link.display(),
+            images = self.images.display(),
+            tls = self.dir.join("tls").display(),
+        );
+        self.add(&card, "card", zone, "nitro-card", &text)
+    }
+
+    /// The host under the card at a place.
+    fn add_host(&mut self, place: &str, zone: &str, machine: Machine) -> Result<()> {
+        let host = format!("host-{place}");
+        let run = self.dir.join(&host);
+        fs::create_dir_all(&run)?;
+        let machine = match machine {
+            Machine::Auto => "auto",
+            Machine::Kvm => "kvm",
+            Machine::Qemu => "qemu",
+            Machine::Sim => "sim",
+        };
+        let text = format!(
+            "link_dir = \"{}\"\nrun_dir = \"{}\"\nmachine = \"{machine}\"\ncores = {HOST_CORES}\nmemory_bytes = {HOST_MEMORY_BYTES}\n",
+            self.link(place).display(),
+            run.display(),
+        );
+        self.add(&host, "host", zone, "thin-hv", &text)
+    }
+
+    /// The folder that stands for the PCIe link of a card and its host.
+    fn link(&self, place: &str) -> PathBuf {
+        self.dir.join(format!("link-{place}"))
     }
 
     fn add(&mut self, name: &str, kind: &'static str, zone: &str, binary: &str, config: &str) -> Result<()> {
