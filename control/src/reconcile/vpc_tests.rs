@@ -484,7 +484,7 @@ fn change_anything(bed: &mut Testbed, next: &mut impl FnMut(usize) -> usize, vpc
             drop(bed.call(ALICE, |call| terminate_instances(call, request)));
         }
         5 => {
-            let subnet_id = if next(2) == 0 { subnet.clone() } else { self::subnet(&bed, ALICE, "us-east-1a").id };
+            let subnet_id = if next(2) == 0 { subnet.clone() } else { self::subnet(bed, ALICE, "us-east-1a").id };
             let request =
                 CreateNatGatewayRequest { subnet_id: Some(subnet_id), allocation_id: Some(elastic.to_owned()), ..Default::default() };
             drop(bed.call(ALICE, |call| create_nat_gateway(call, request)));
@@ -509,7 +509,7 @@ fn change_anything(bed: &mut Testbed, next: &mut impl FnMut(usize) -> usize, vpc
         }
         9 => {
             let cidr = format!("198.{}.0.0/16", next(256));
-            let request = CreateRouteRequest { vpc_peering_connection_id: Some(connection), ..route(&bed, ALICE, vpc, &cidr) };
+            let request = CreateRouteRequest { vpc_peering_connection_id: Some(connection), ..route(bed, ALICE, vpc, &cidr) };
             drop(bed.call(ALICE, |call| create_route(call, request)));
         }
         10 if bed.cards[card].connected => bed.disconnect(card),
